@@ -33,7 +33,7 @@ def norm(tree: Mapping[str, Tensor]) -> float:
 def raw(tensor: Tensor) -> memoryview:
     """The tensor's bytes, row major; no copy if it is a contiguous CPU tensor."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
 def digest(tree: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,188 @@
+"""How a tree becomes bytes: the codec interface, its registry and the ways to combine codecs.
+
+A codec turns *one tensor* into named parts and back; packets, files and laziness are written once, here. Parts travel
+as `tensor|part`; whatever else is needed to undo the work travels as JSON in the packet's `meta`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from hocket import wire
+from hocket.errors import WireError
+from hocket.registry import Registry
+from hocket.tree import Tree
+
+Parts = dict[str, Tensor]
+PLAIN = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+codec: Registry[Codec] = Registry("codec", "hocket.codecs")
+
+
+@dataclass(frozen=True, config=PLAIN)
+class Codec:
+    """One tensor to parts and back. A subclass overrides `pack` and `unpack`; the defaults keep the tensor as it is."""
+
+    name: ClassVar[str] = ""
+    lossless: ClassVar[bool] = False
+
+    def pack(self, name: str, x: Tensor, memory: Tree) -> tuple[Parts, Any]:
+        """Parts and JSON-able meta of tensor `x`; `memory` is this sender's own and may be read and written."""
+        return {"": x}, None
+
+    def unpack(self, parts: Parts, meta: Any) -> Tensor:
+        """The tensor, from its parts and meta."""
+        return parts[""]
+
+    def encode(self, tree: Mapping[str, Tensor], memory: Tree | None = None) -> bytes:
+        """A packet. `memory` (error feedback) is changed in place; stateless codecs ignore it."""
+        return wire.pack(*self._packed(tree, memory))
+
+    def size(self, tree: Mapping[str, Tensor]) -> int:
+        """Bytes of `encode(tree)`, from the same code but without copying the tensors together."""
+        return wire.size(*self._packed(tree, None))
+
+    def decode(self, packet: bytes | wire.Packet) -> Decoded:
+        """The tree, tensor by tensor when asked for. Raises `WireError` if the packet was made by another codec."""
+        return Decoded(self, packet if isinstance(packet, wire.Packet) else wire.Packet(packet))
+
+    def _packed(self, tree: Mapping[str, Tensor], memory: Tree | None) -> tuple[Tree, dict[str, Any]]:
+        memory = {} if memory is None else memory
+        out: Tree = {}
+        metas = {}
+        for name in sorted(tree):
+            if "|" in name:
+                raise WireError(f"tensor name '{name}' holds '|', which separates a tensor from its parts")
+            parts, meta = self.pack(name, tree[name], memory)
+            out |= {f"{name}|{suffix}" if suffix else name: t for suffix, t in parts.items()}
+            if meta is not None:
+                metas[name] = meta
+        return out, {"codec": str(self), "tensors": metas}
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Decoded(Mapping[str, Tensor]):
+    """A packet seen through its codec: a read-only tree that decodes a tensor each time it is asked for."""
+
+    def __init__(self, codec: Codec, packet: wire.Packet) -> None:
+        if packet.meta.get("codec") != str(codec):
+            raise WireError(f"{packet.where} was encoded with '{packet.meta.get('codec')}', expected '{codec}'")
+        self.codec, self.packet = codec, packet
+        self._parts: dict[str, list[str]] = {}
+        for key in packet:
+            self._parts.setdefault(key.partition("|")[0], []).append(key)
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = {key.partition("|")[2]: self.packet[key] for key in self._parts[name]}
+        try:
+            return self.codec.unpack(parts, self.packet.meta["tensors"].get(name))
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise WireError(f"{self.packet.where}: tensor '{name}' cannot be decoded: {error!r}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def build(spec: Any) -> Codec:
+    """A codec from a name, a table with `name` and fields, or a codec."""
+    return codec.build(spec)
+
+
+Nested = Annotated[Codec, BeforeValidator(build)]
+
+
+@codec("raw")
+@dataclass(frozen=True, config=PLAIN)
+class Raw(Codec):
+    """Every tensor as it is."""
+
+    lossless: ClassVar[bool] = True
+
+
+@codec("chain")
+@dataclass(frozen=True, config=PLAIN)
+class Chain(Codec):
+    """Each codec works on the parts of the one before: `chain(topk, int8)` quantizes the values that were kept."""
+
+    codecs: tuple[Nested, ...] = Field(min_length=1, description="the codecs, first to last")
+
+    def pack(self, name: str, x: Tensor, memory: Tree) -> tuple[Parts, Any]:
+        parts: Parts = {"": x}
+        metas: list[Any] = []
+        for c in self.codecs:
+            done: Parts = {}
+            step = {}
+            for suffix, t in parts.items():
+                inner, meta = c.pack(name, t, memory)
+                done |= {".".join(s for s in (suffix, sub) if s): v for sub, v in inner.items()}
+                step[suffix] = [sorted(inner), meta]
+            parts, metas = done, [*metas, step]
+        return parts, metas
+
+    def unpack(self, parts: Parts, meta: Any) -> Tensor:
+        for c, step in zip(reversed(self.codecs), reversed(meta), strict=True):
+            parts = {
+                suffix: c.unpack({sub: parts[".".join(s for s in (suffix, sub) if s)] for sub in subs}, inner)
+                for suffix, (subs, inner) in step.items()
+            }
+        return parts[""]
+
+    def __str__(self) -> str:
+        return f"chain({','.join(map(str, self.codecs))})"
+
+
+@codec("per_tensor")
+@dataclass(frozen=True, config=PLAIN)
+class PerTensor(Codec):
+    """A codec by tensor name: the first rule whose pattern matches; an unmatched tensor is an error, not a default."""
+
+    rules: dict[str, Nested] = Field(min_length=1, description='shell-style pattern = codec, in order; end with "*"')
+
+    def pack(self, name: str, x: Tensor, memory: Tree) -> tuple[Parts, Any]:
+        for pattern, c in self.rules.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                parts, meta = c.pack(name, x, memory)
+                return parts, [pattern, meta]
+        raise WireError(f"codec per_tensor: no rule matches tensor '{name}'; end the rules with '*'")
+
+    def unpack(self, parts: Parts, meta: Any) -> Tensor:
+        return self.rules[meta[0]].unpack(parts, meta[1])
+
+    def __str__(self) -> str:
+        return f"per_tensor({','.join(f'{p}={c}' for p, c in self.rules.items())})"
+
+
+@codec("feedback")
+@dataclass(frozen=True, config=PLAIN)
+class Feedback(Codec):
+    """Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847): what a codec loses now is added to
+    the next update. With e the sender's memory of this tensor: send C(x + e), then e <- x + e - C(x + e).
+    """
+
+    codec: Nested = Field(description="the lossy codec whose error is carried over")
+
+    def pack(self, name: str, x: Tensor, memory: Tree) -> tuple[Parts, Any]:
+        key = f"feedback/{name}"
+        if not x.is_floating_point():
+            return self.codec.pack(name, x, memory)
+        x = x + memory[key] if key in memory else x
+        parts, meta = self.codec.pack(name, x, memory)
+        memory[key] = x - self.codec.unpack(parts, meta)
+        return parts, meta
+
+    def unpack(self, parts: Parts, meta: Any) -> Tensor:
+        return self.codec.unpack(parts, meta)
+
+    def __str__(self) -> str:
+        return f"feedback({self.codec})"

@@ -1,0 +1,213 @@
+"""The nouns on the wire and what a method is.
+
+A method is a frozen dataclass: its fields are hyper-parameters, its functions are pure in (state, updates). The
+defaults *are* FedAvg on the trainable view, so a new method overrides only what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from hocket.combine import mean
+from hocket.registry import Registry
+from hocket.tree import Tree
+
+State = dict[str, Any]  # nested dicts of tensors and plain data; "params" holds the trainable view
+PLAIN = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+method: Registry[Method] = Registry("method", "hocket.methods")
+
+
+@plain_dataclass(frozen=True)
+class Job:
+    """What one client is asked to do.
+
+    Attributes:
+        id: unique in a run, increasing in the order of asking.
+        client: who.
+        version: the server version `payload` was made from.
+        turn: the aggregation it is meant for; larger than `version` under overlap.
+        visit: how many jobs this client was asked before; keys its random draws, so that a client's n-th job sees the
+            same batches whatever the schedule does with the others.
+        payload: the tensors that changed since version `since`; all of them if `since` is None.
+        deadline: seconds after dispatch at which the server stops waiting; None for never.
+    """
+
+    id: int
+    client: int
+    version: int
+    turn: int
+    visit: int = 0
+    payload: Tree = field(default_factory=dict, compare=False)
+    since: int | None = None
+    deadline: float | None = None
+
+
+@plain_dataclass(frozen=True)
+class Update:
+    """What came back for a job: what the method uploads (a delta, factors, scalars), never a full model."""
+
+    job: int
+    client: int
+    version: int
+    turn: int
+    payload: Mapping[str, torch.Tensor] = field(compare=False)
+    weight: float = 1.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@plain_dataclass(frozen=True)
+class Client:
+    """What the server knows of one client: how much data it says it has, and traits a method may use (its rank)."""
+
+    id: int
+    rows: int = 1
+    traits: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Trainer(Protocol):
+    """Local optimization on one client's data; `hocket.training` has the real one."""
+
+    def fit(self, local: Local, start: Tree, only: Callable[[str], bool], prox: float) -> Tree:
+        """Deltas (end - start) of the tensors in `start` that `only` selects, after this client's local steps."""
+
+    def loss(self, params: Tree, batch: Any) -> torch.Tensor:
+        """Loss of the model with `params` in place; no gradient."""
+
+
+@plain_dataclass
+class Local:
+    """A client's side of the world, handed to `Method.train`.
+
+    Attributes:
+        cache: the client's copy of the server's view, its own updates in flight added (a view; do not write into it).
+        memory: this client's private tensors; kept between jobs and across restarts by the engine.
+        turn, turns: the aggregation this job is meant for, and how many the run has.
+        visit: how many jobs this client did before.
+        seed: the run's seed; `hocket.tree.generator(seed, ...)` makes keyed generators from it.
+        traits: plain facts about this client (its adapter rank, its speed).
+        metrics: what the trainer reports: loss, steps, skipped, examples, tokens.
+    """
+
+    client: int
+    cache: Tree
+    memory: Tree
+    turn: int
+    turns: int
+    visit: int
+    seed: int
+    trainer: Trainer
+    traits: Mapping[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def fit(self, params: Tree, only: Callable[[str], bool] = lambda name: True, prox: float = 0.0) -> Tree:
+        """Train the tensors of `params` that `only` selects for this client's local steps; returns their deltas."""
+        return self.trainer.fit(self, params, only, prox)
+
+    def loss(self, params: Tree, batch: Any) -> torch.Tensor:
+        """Forward only: the loss of `batch` with `params` in place."""
+        return self.trainer.loss(params, batch)
+
+
+@dataclass(frozen=True, config=PLAIN)
+class Method:
+    """Federated averaging of whatever the view makes trainable, with the usual options of the mean step.
+
+    theta <- theta + server step of Delta, with Delta = sum_i p_i Delta_i, p_i = w_i / sum_j w_j over the clients that
+    sent this tensor. Server optimizers: Reddi et al., "Adaptive Federated Optimization", ICLR 2021, arXiv 2003.00295;
+    FedAvgM: Hsu et al. 2019, arXiv 1909.06335. Proximal term: Li et al., "Federated Optimization in Heterogeneous
+    Networks" (FedProx), MLSys 2020, arXiv 1812.06127: clients minimize f_i(w) + mu/2 |w - w_start|^2.
+    """
+
+    server_lr: float = Field(1.0, gt=0, description="server rate eta")
+    server_optimizer: Literal["sgd", "momentum", "adagrad", "adam", "yogi"] = Field(
+        "sgd", description="what is done with the mean update: add it, or FedAvgM / FedAdagrad / FedAdam / FedYogi"
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="momentum of FedAvgM and first moment of FedAdam, FedYogi")
+    beta2: float = Field(0.99, ge=0, lt=1, description="second moment of FedAdam, FedYogi")
+    tau: float = Field(1e-3, gt=0, description="adaptivity floor added to the root of the second moment")
+    mu: float = Field(0.0, ge=0, description="FedProx's proximal coefficient; 0 switches it off")
+
+    name: ClassVar[str] = ""
+    view: ClassVar[Literal["full", "blocks", "lora"]] = "full"
+    """Which parameters can move at all; the rest is frozen and shared."""
+
+    @property
+    def additive(self) -> bool:
+        """Whether the server's step adds the mean delta, so that a client can add its own update ahead of it."""
+        return self.server_optimizer == "sgd"
+
+    def init(self, params: Tree) -> State:
+        """Server state at version 0 from the trainable view of the start model."""
+        return {"params": dict(params), "slots": {}}
+
+    def send(self, state: State, client: Client, version: int) -> Tree:
+        """The whole logical view of `client`; the core ships the difference to what the client holds."""
+        return state["params"]
+
+    def trains(self, local: Local) -> Callable[[str], bool]:
+        """Which tensors this client moves and uploads in this job."""
+        return lambda name: True
+
+    def train(self, local: Local, start: Tree) -> Tree:
+        """One job on a client: from `start` (the view, own updates in flight included) to what is uploaded."""
+        return local.fit(start, self.trains(local), self.mu)
+
+    def own(self, world: Tree, sent: Mapping[str, torch.Tensor]) -> Tree:
+        """`world` with one of the client's own updates, still in flight, as the server would add it alone."""
+        return world | {k: world[k] + self.server_lr * sent[k] for k in sent}
+
+    def check(self, state: State, update: Update) -> str | None:
+        """Why this update cannot be used, or None. The default wants finite deltas of known tensors."""
+        params = state["params"]
+        for k in update.payload:
+            if k not in params:
+                return f"unknown tensor '{k}'"
+            x = update.payload[k]
+            if x.shape != params[k].shape:
+                return f"tensor '{k}' has shape {tuple(x.shape)}, expected {tuple(params[k].shape)}"
+            if not torch.isfinite(x).all():
+                return f"tensor '{k}' holds values that are not finite"
+        return None
+
+    def step(self, state: State, updates: Sequence[Update], weights: Iterable[float]) -> State:
+        """The next state from the updates of one aggregation; each may carry any subset of the tensors."""
+        params, slots = dict(state["params"]), dict(state["slots"])
+        for k, delta in mean([u.payload for u in updates], list(weights)):
+            step, slots[k] = self._server_step(delta, slots.get(k, {}))
+            params[k] = params[k] + step.to(params[k].dtype)
+            if not slots[k]:
+                del slots[k]
+        return state | {"params": params, "slots": slots}
+
+    def export(self, state: State) -> Tree:
+        """The trainable view of the model that this state stands for."""
+        return state["params"]
+
+    def _server_step(self, delta: torch.Tensor, slot: Tree) -> tuple[torch.Tensor, Tree]:
+        """The change of one tensor and its optimizer's next memory."""
+        if self.server_optimizer == "sgd":
+            return delta.mul_(self.server_lr), {}
+        m = slot.get("m", torch.zeros_like(delta))
+        if self.server_optimizer == "momentum":
+            m = self.beta1 * m + delta
+            return self.server_lr * m, {"m": m}
+        v = slot.get("v", torch.full_like(delta, self.tau**2))
+        square = delta * delta
+        if self.server_optimizer == "adagrad":
+            m, v = delta, v + square
+        else:
+            m = self.beta1 * m + (1 - self.beta1) * delta
+            if self.server_optimizer == "adam":
+                v = self.beta2 * v + (1 - self.beta2) * square
+            else:
+                v = v - (1 - self.beta2) * square * torch.sign(v - square)
+        keep = {"v": v} if self.server_optimizer == "adagrad" else {"m": m, "v": v}
+        return self.server_lr * m / (v.sqrt() + self.tau), keep

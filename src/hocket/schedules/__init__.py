@@ -1,0 +1,6 @@
+"""Schedules: who starts when, when the server steps, what a late update counts."""
+
+from hocket.schedules.base import Schedule, schedule
+from hocket.schedules.sync import Overlap, Sync
+
+__all__ = ["Overlap", "Schedule", "Sync", "schedule"]

@@ -1,0 +1,207 @@
+"""The server: a deterministic state machine that does no I/O and reads no clock.
+
+    poll() -> jobs              whom to ask now, and what to ship to them
+    computed(job)               that client has the job's payload for certain
+    receive(update) -> refusal  an update is here
+    lost(job)                   that update will not come, or is not waited for any more
+    joined(c), left(c)          a client can or cannot be asked
+    step() -> record            the next aggregation, if the schedule is ready for it
+
+Engines own time and transport. Everything the server knows is in `state_dict()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hocket.errors import RecipeError, WireError
+from hocket.methods import Client, Job, Method, State, Update
+from hocket.schedules import Schedule
+from hocket.tree import Tree, generator
+
+
+class Server:
+    """Method and schedule at work on one state.
+
+    Args:
+        method, schedule: frozen values; all state is here.
+        params: the trainable view of the start model; not copied, never written into.
+        clients: everybody who may ever be asked.
+        turns: number of aggregations in the run.
+        seed: the run's seed.
+        preloaded: clients hold the start model already (a hub's weights and a seeded adapter), so that version 0 costs
+            no bytes; otherwise a client's first download is the whole view.
+
+    Raises:
+        RecipeError: the schedule overlaps turns but the method's step is not additive.
+    """
+
+    def __init__(
+        self, method: Method, schedule: Schedule, params: Tree, clients: Sequence[Client], turns: int, seed: int,
+        preloaded: bool = True,
+    ) -> None:  # fmt: skip
+        if schedule.ahead and not method.additive:
+            raise RecipeError(
+                f"schedule '{schedule.name}' with staleness {schedule.ahead} starts clients from the server's version "
+                f"plus their own updates in flight, which needs an additive step; method '{method.name}' with its "
+                f"server optimizer has none: use server_optimizer = 'sgd' or schedule 'sync'"
+            )
+        self.method, self.schedule, self.turns, self.seed = method, schedule, turns, seed
+        self.clients = {c.id: c for c in clients}
+        self.preloaded = preloaded
+        self.state: State = method.init(params)
+        self.version = 0
+        self.next_id = 0
+        self.buffer: list[Update] = []
+        self.outstanding: dict[int, Job] = {}  # asked and neither arrived nor lost, without payloads
+        self.rounds: dict[int, dict[str, Any]] = {}  # the schedule's notes, a record a turn
+        self.online: set[int] = set(self.clients)
+        self.visits: dict[int, int] = {}
+        self.held: dict[int, int] = {}  # version each client holds once all its downloads are in
+        self.confirmed: dict[int, int] = {}  # version each client holds for certain
+        self.changed: dict[str, int] = {}  # version in which each tensor of the state last changed, if ever
+
+    # --- asking -------------------------------------------------------------------------------------------------
+    def sample(self, pool: Sequence[int], n: int, *salt: int | str) -> list[int]:
+        """`n` of `pool` without replacement, keyed by the run's seed and `salt`."""
+        order = torch.randperm(len(pool), generator=generator(self.seed, "sample", *salt))
+        return [pool[i] for i in order[: max(n, 0)].tolist()]
+
+    def arrived(self, turn: int) -> set[int]:
+        """Clients whose update for `turn` waits in the buffer."""
+        return {u.client for u in self.buffer if u.turn == turn}
+
+    @property
+    def finished(self) -> bool:
+        """Whether every aggregation has been made."""
+        return self.version >= self.turns
+
+    def poll(self) -> list[Job]:
+        """The jobs to send now. Call it after every change; it is cheap when there is nothing to ask."""
+        return [] if self.finished else [self._ask(c, turn) for c, turn in self.schedule.wants(self)]
+
+    def _ask(self, client: int, turn: int) -> Job:
+        since = self.held.get(client, 0 if self.preloaded else -1)
+        view = self.method.send(self.state, self.clients[client], self.version)
+        params = self.state.get("params", {})
+        payload = {
+            k: v for k, v in view.items() if v is not params.get(k) or self.changed.get(k, 0) > since or since < 0
+        }
+        visit = self.visits.get(client, 0)
+        job = Job(self.next_id, client, self.version, turn, visit, {}, since, self.schedule.patience)
+        self.next_id += 1
+        self.visits[client] = visit + 1
+        self.held[client] = self.version
+        self.outstanding[job.id] = job
+        if (r := self.rounds.get(turn)) is not None:
+            r["asked"][client] = r["asked"].get(client, 0) + 1
+            r["open"] += 1
+        return replace(job, payload=payload)
+
+    # --- hearing ------------------------------------------------------------------------------------------------
+    def computed(self, job: Job) -> None:
+        """The client has done the job, so it holds the job's payload."""
+        self.confirmed[job.client] = max(job.version, self.confirmed.get(job.client, -1))
+
+    def lost(self, job: Job) -> None:
+        """The job's update is not waited for any more."""
+        if self._settle(job.id) is not None:
+            # what is not certain is sent again: a diff against an older version is never wrong, only larger
+            self.held[job.client] = self.confirmed.get(job.client, 0 if self.preloaded else -1)
+
+    def receive(self, update: Update) -> str | None:
+        """Take an update in; None, or why it is refused (late, foreign, unusable). A refused one changes nothing."""
+        job = self._settle(update.job)
+        if job is None:
+            return "late: not waited for any more"
+        if (update.client, update.version, update.turn) != (job.client, job.version, job.turn):
+            return "rejected: it names another client, version or turn than its job"
+        if not self.schedule.accepts(self, update.turn):
+            return f"late: turn {update.turn} is over"
+        if not 0 < update.weight < float("inf"):
+            return f"rejected: weight {update.weight}"
+        try:
+            reason = self.method.check(self.state, update)
+        except WireError as error:
+            reason = str(error)
+        if reason:
+            return f"rejected: {reason}"
+        self.buffer.append(update)
+        if (r := self.rounds.get(update.turn)) is not None:
+            r["arrived"] += 1
+        return None
+
+    def joined(self, client: int) -> None:
+        """The client can be asked from now on."""
+        self.online.add(client)
+
+    def left(self, client: int) -> list[Job]:
+        """The client cannot be reached any more; its open jobs, which the engine should report lost."""
+        self.online.discard(client)
+        return [j for j in self.outstanding.values() if j.client == client]
+
+    def _settle(self, job: int) -> Job | None:
+        settled = self.outstanding.pop(job, None)
+        if settled and (r := self.rounds.get(settled.turn)) is not None:
+            r["open"] -= 1
+        return settled
+
+    # --- stepping -----------------------------------------------------------------------------------------------
+    def step(self) -> dict[str, Any] | None:
+        """Aggregate once if the schedule is ready; what the step was made of, or None. Call until it gives None."""
+        if self.finished or not self.schedule.ready(self):
+            return None
+        batch = self.schedule.takes(self)
+        taken = {u.job for u in batch}
+        staleness = [self.version - u.version for u in batch]
+        weights = [u.weight * self.schedule.discount(s) for u, s in zip(batch, staleness, strict=True)]
+        before = self.state.get("params", {})
+        self.state = self.method.step(self.state, batch, weights)
+        self.version += 1
+        for k, v in self.state.get("params", {}).items():
+            if v is not before.get(k):
+                self.changed[k] = self.version
+        self.buffer = [u for u in self.buffer if u.job not in taken]
+        self.rounds = {t: r for t, r in self.rounds.items() if t >= self.version}
+        losses = [(u.metrics["loss"], w) for u, w in zip(batch, weights, strict=True) if "loss" in u.metrics]
+        total = sum(w for _, w in losses)
+        return {
+            "version": self.version,
+            "jobs": sorted(taken),
+            "updates": len(batch),
+            "weight": sum(weights),
+            "staleness": sum(staleness) / len(staleness),
+            "loss": sum(x * w for x, w in losses) / total if total else None,
+        }
+
+    # --- saving -------------------------------------------------------------------------------------------------
+    PLAIN = ("version", "next_id", "rounds", "visits", "held", "confirmed", "changed")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but method, schedule and the buffered payloads, which the engine keeps by job."""
+        return {
+            "state": self.state,
+            "online": sorted(self.online),
+            "outstanding": [vars(j) for j in self.outstanding.values()],
+            "buffer": [{k: v for k, v in vars(u).items() if k != "payload"} for u in self.buffer],
+            **{k: getattr(self, k) for k in self.PLAIN},
+        }
+
+    def load_state_dict(self, saved: dict[str, Any], payload: Callable[[int], Mapping[str, Tensor]]) -> None:
+        """Become the server that `state_dict` described; `payload(job)` gives back a buffered update's payload."""
+        for k in self.PLAIN:
+            setattr(self, k, saved[k])
+        self.state = saved["state"]
+        self.online = set(saved["online"])
+        self.outstanding = {j["id"]: Job(**j) for j in saved["outstanding"]}
+        self.buffer = [Update(**u, payload=payload(u["job"])) for u in saved["buffer"]]
+
+
+def everyone(rows: Iterable[int]) -> list[Client]:
+    """Clients 0, 1, ... holding that many rows each."""
+    return [Client(i, n) for i, n in enumerate(rows)]

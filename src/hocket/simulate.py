@@ -1,0 +1,334 @@
+"""The engine on the virtual clock: one process for all machines.
+
+Each client has three serial lanes (down, compute, up). A download is encoded, its bytes take the link's time, the
+client computes when its turn comes, the upload is encoded and takes its time. All arrivals of one instant are heard before the
+server steps, and it steps before anyone is asked again. `state_dict` after any event resumes to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hocket import wire
+from hocket.clock import Clock, Device
+from hocket.codecs import Codec
+from hocket.downlink import Downlink
+from hocket.errors import RunError
+from hocket.executors import Executor, Task
+from hocket.ledger import Ledger
+from hocket.methods import Job, Update
+from hocket.server import Server
+from hocket.store import Spool
+from hocket.tree import Tree, generator
+
+PATIENCE = 1000  # joins and leaves without anybody to ask before a run is called stuck
+
+
+class Interrupted(Exception):
+    """Training or evaluation was asked to stop; the event in progress has not happened."""
+
+
+@dataclass
+class Flight:
+    """A job between being asked and being heard of. `view` is dropped once the job is computed."""
+
+    job: Job
+    view: Tree | None
+    bytes: int
+    down: tuple[float, float]
+    compute: tuple[float, float]
+    doomed: bool
+    up: tuple[float, float] | None = None
+    weight: float = 0.0
+    metrics: dict[str, float] | None = None
+    abandoned: bool = False
+
+
+class Simulation:
+    """A run on the virtual clock.
+
+    Args:
+        server: the same object that a deployment runs.
+        devices, steps: one per client: machine and link, and local steps a job (these give its time).
+        down, up: codecs of the two directions.
+        executor: where clients really compute.
+        ledger, spool: the record, and the place of packets in flight.
+        evaluate: metrics of the exported view, or None; called at version 0, every `evaluate_every` versions and last.
+        on_event: called after every event, when the state may be saved; may raise `Interrupted`.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        devices: Sequence[Device],
+        steps: Sequence[int],
+        down: Codec,
+        up: Codec,
+        executor: Executor,
+        ledger: Ledger | None = None,
+        spool: Spool | None = None,
+        evaluate: Callable[[Tree], dict[str, Any]] | None = None,
+        evaluate_every: int = 1,
+        on_event: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.server, self.devices, self.steps = server, devices, steps
+        self.downlink, self.up, self.executor = Downlink(down, server), up, executor
+        self.ledger, self.spool = ledger or Ledger(), spool or Spool()
+        self.evaluate, self.evaluate_every, self.on_event = evaluate, evaluate_every, on_event
+        self.clock = Clock()
+        self.flights: dict[int, Flight] = {}
+        self.queues: dict[int, list[int]] = {}  # each client's jobs not yet computed, in order
+        self.memory: dict[int, str] = {}  # where in the spool each client's private tensors are
+        self.quiet = 0  # joins and leaves since anybody was asked
+        self.due: int | None = 0 if evaluate else None  # version whose evaluation is still to be done
+        self.begun = False
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+    def run(self) -> None:
+        """Go on until the server has finished.
+
+        Raises:
+            RunError: nobody is left to ask and nothing is under way.
+            Interrupted: `on_event`, training or evaluation was asked to stop; the state is consistent and can be saved.
+        """
+        if not self.begun:
+            self._begin()
+        while True:
+            if not self.clock or self.clock.peek() > self.clock.now:
+                self._settle()
+                if self.server.finished:
+                    break
+            if not self.clock or self.quiet > PATIENCE + 4 * len(self.devices):
+                raise RunError(self._stuck())
+            kind, key = self.clock.pop()
+            try:
+                getattr(self, f"_on_{kind}")(key)
+            except Interrupted:
+                self.clock.unpop(kind, key)
+                raise
+            self.on_event()
+        for flight in list(self.flights.values()):
+            self._end_lanes(flight)
+        self.flights.clear()
+        self.ledger.add("end", t=self.clock.now, version=self.server.version)
+
+    def _begin(self) -> None:
+        self.begun = True
+        for c, device in enumerate(self.devices):
+            if not device.reachable(0.0):
+                self.server.left(c)
+            if change := device.next_change(0.0):
+                self.clock.schedule(change[0], "join" if change[1] else "leave", c)
+
+    def _settle(self) -> None:
+        """Everything of this instant has been heard: evaluate, step, ask."""
+        while True:
+            if self.due is not None and self.evaluate is not None:
+                result = self.evaluate(self.server.method.export(self.server.state))
+                self.ledger.add("eval", t=self.clock.now, version=self.due, **result)
+            self.due = None
+            record = self.server.step()
+            if record is None:
+                break
+            for job in record.pop("jobs"):
+                self.spool.drop(f"up/{job}")
+            self.ledger.add("step", t=self.clock.now, **record, **self.ledger.bytes)
+            v = self.server.version
+            if self.evaluate is not None and (v % self.evaluate_every == 0 or self.server.finished):
+                self.due = v
+        for job in self.server.poll():
+            self._send(job)
+            self.quiet = 0
+
+    # --- asking -------------------------------------------------------------------------------------------------
+    def _send(self, job: Job) -> None:
+        device = self.devices[job.client]
+        view, size = self.downlink.send(job, self.server)
+        start, end = self.clock.occupy(job.client, "down", self.clock.now, size / (device.down_mb_s * 1e6))
+        seconds = self.steps[job.client] * device.step_seconds
+        compute = self.clock.occupy(job.client, "compute", end + device.latency, seconds)
+        doomed = device.loss > 0 and bool(
+            torch.rand((), generator=generator(self.server.seed, "loss", job.id)) < device.loss
+        )
+        self.flights[job.id] = Flight(replace(job, payload={}), view, size, (start, end), compute, doomed)
+        self.clock.schedule(compute[1], "computed", job.id)
+        if job.deadline is not None:
+            self.clock.schedule(self.clock.now + job.deadline, "deadline", job.id)
+        queue = self.queues.setdefault(job.client, [])
+        queue.append(job.id)
+        if len(queue) == 1:
+            self._submit(job.client)
+
+    def _submit(self, client: int) -> None:
+        """Hand the client's next job to the executor; its memory is known now that the job before is done."""
+        flight = self.flights[self.queues[client][0]]
+        if flight.doomed:
+            return
+        assert flight.view is not None  # kept until the job is computed
+        memory = self.spool.get(self.memory[client]).bytes() if client in self.memory else None
+        info = self.server.clients[client]
+        self.executor.submit(Task(flight.job, flight.view, memory, info.rows, info.traits))
+
+    # --- hearing ------------------------------------------------------------------------------------------------
+    def _on_computed(self, key: int) -> None:
+        flight = self.flights.get(key)
+        if flight is None:
+            return
+        client, device = flight.job.client, self.devices[flight.job.client]
+        if flight.doomed:
+            self._next(client)
+            flight.view = None
+            self.clock.schedule(self.clock.now + device.detect, "crashed", key)
+            return
+        result = self.executor.result(key)
+        if result.memory or client in self.memory:
+            if client in self.memory:
+                self.spool.drop(self.memory[client])
+            self.memory[client] = f"memory/{client}/{flight.job.id}"
+            self.spool.put(self.memory[client], wire.pack(result.memory))
+        self.spool.put(f"up/{key}", result.blob)
+        flight.view, flight.weight, flight.metrics = None, result.weight, result.metrics
+        self.server.computed(flight.job)
+        flight.up = self.clock.occupy(client, "up", self.clock.now, len(result.blob) / (device.up_mb_s * 1e6))
+        self.clock.schedule(flight.up[1] + device.latency, "arrived", key)
+        self._next(client)
+
+    def _next(self, client: int) -> None:
+        self.queues[client].pop(0)
+        if self.queues[client]:
+            self._submit(client)
+
+    def _on_arrived(self, key: int) -> None:
+        flight = self.flights.pop(key, None)
+        if flight is None:
+            return
+        self._end_lanes(flight)
+        job = flight.job
+        refused: str | None = "late: not waited for any more"
+        if not flight.abandoned:
+            payload = self.up.decode(self.spool.get(f"up/{key}"))
+            refused = self.server.receive(
+                Update(job.id, job.client, job.version, job.turn, payload, flight.weight, flight.metrics or {})
+            )
+            if refused:
+                self._lost(job, refused)
+        if refused:
+            self.spool.drop(f"up/{key}")
+
+    def _on_crashed(self, key: int) -> None:
+        if (flight := self.flights.pop(key, None)) is not None:
+            self._end_lanes(flight)
+            if not flight.abandoned:
+                self.server.lost(flight.job)
+                self._lost(flight.job, "injected")
+
+    def _on_deadline(self, key: int) -> None:
+        flight = self.flights.get(key)
+        if flight is not None and not flight.abandoned:
+            flight.abandoned = True
+            self.server.lost(flight.job)
+            self._lost(flight.job, "deadline")
+
+    def _on_join(self, client: int) -> None:
+        self.server.joined(client)
+        self._availability(client, "join")
+
+    def _on_leave(self, client: int) -> None:
+        self.server.left(client)
+        for key in [k for k, f in self.flights.items() if f.job.client == client]:
+            flight = self.flights.pop(key)
+            self._end_lanes(flight)
+            self.executor.forget(key)
+            if flight.up is not None:
+                self.spool.drop(f"up/{key}")
+            if not flight.abandoned:
+                self.server.lost(flight.job)
+                self._lost(flight.job, "offline")
+        self.queues.pop(client, None)
+        self.clock.release(client)
+        self._availability(client, "leave")
+
+    def _availability(self, client: int, what: str) -> None:
+        self.quiet += 1
+        self.ledger.add(what, t=self.clock.now, client=client)
+        if change := self.devices[client].next_change(self.clock.now):
+            self.clock.schedule(change[0], "join" if change[1] else "leave", client)
+
+    # --- writing down -------------------------------------------------------------------------------------------
+    def _end_lanes(self, flight: Flight) -> None:
+        """Record what this job used of its client's lanes until now; a lane cut off counts its share of bytes."""
+        job, now = flight.job, self.clock.now
+        common = {"client": job.client, "job": job.id, "turn": job.turn, "version": job.version}
+        metrics = {k: (flight.metrics or {}).get(k) for k in ("loss", "steps", "skipped")}
+        up = self.spool.size(f"up/{job.id}") if flight.up is not None else 0
+        for what, lane, size, more in (
+            ("down", flight.down, flight.bytes, {}),
+            ("compute", flight.compute, 0, metrics),
+            ("up", flight.up, up, {}),
+        ):
+            if lane is None or lane[0] > now:
+                continue
+            start, end = lane
+            share = 1.0 if end <= now else (now - start) / (end - start)
+            self.ledger.add(what, **common, start=start, end=min(end, now), bytes=round(size * share), **more)
+
+    def _lost(self, job: Job, reason: str) -> None:
+        self.ledger.add("lost", t=self.clock.now, client=job.client, job=job.id, turn=job.turn, reason=reason)
+
+    def _stuck(self) -> str:
+        s = self.server
+        r = s.rounds.get(s.version, {})
+        asked = sum(r.get("asked", {}).values())
+        return (
+            f"stuck at second {self.clock.now:g} in turn {s.version}: {asked} jobs asked, {r.get('arrived', 0)} "
+            f"updates arrived, {len(s.online)} of {len(s.clients)} clients online, nobody left to ask; lower schedule.minimum, "
+            f"raise schedule.deadline, or mend the clients' loss and online settings"
+        )
+
+    # --- saving -------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Everything between two events. Trees that flights share stay shared."""
+        views: list[Tree] = []
+        index: dict[int, int] = {}
+        flights = []
+        for f in self.flights.values():
+            if f.view is not None and id(f.view) not in index:
+                index[id(f.view)] = len(views)
+                views.append(f.view)
+            flights.append({**vars(f), "job": vars(f.job), "view": None if f.view is None else index[id(f.view)]})
+        return {
+            "server": self.server.state_dict(),
+            "clock": self.clock.state_dict(),
+            "views": views,
+            "flights": flights,
+            "queues": self.queues,
+            "memory": self.memory,
+            "downlink": self.downlink.state_dict(),
+            "quiet": self.quiet,
+            "due": self.due,
+            "begun": self.begun,
+            "ledger": self.ledger.state_dict(),
+            "spool": self.spool.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Become the simulation that `state_dict` described and hand its open jobs to the executor again."""
+        self.spool.load_state_dict(saved["spool"])
+        self.ledger.load_totals(saved["ledger"])
+        self.server.load_state_dict(saved["server"], lambda job: self.up.decode(self.spool.get(f"up/{job}")))
+        self.clock.load_state_dict(saved["clock"])
+        self.flights = {}
+        for f in saved["flights"]:
+            lanes = {k: tuple(f[k]) if f[k] is not None else None for k in ("down", "compute", "up")}
+            view = None if f["view"] is None else saved["views"][f["view"]]
+            self.flights[f["job"]["id"]] = Flight(**{**f, **lanes, "job": Job(**f["job"]), "view": view})
+        self.queues, self.memory = saved["queues"], saved["memory"]
+        self.downlink.load_state_dict(saved["downlink"])
+        self.quiet, self.due, self.begun = saved["quiet"], saved["due"], saved["begun"]
+        for client, queue in self.queues.items():
+            if queue:
+                self._submit(client)

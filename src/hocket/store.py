@@ -1,0 +1,255 @@
+"""What survives a crash: immutable blobs, atomic checkpoints, the run folder and its lock.
+
+A checkpoint is one packet file: every tensor once (shared tensors stay shared) and the plain data around them as JSON
+in the packet's meta. It is written whole or not at all; a torn one is detected by its checksum and the one before is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from hocket import wire
+from hocket.errors import StoreError, WireError
+
+FORMAT = 1
+KEEP = 2  # checkpoints kept, so that one torn file never loses a run
+
+
+# --- nested state <-> one packet -----------------------------------------------------------------------------------
+def flatten(value: Any) -> tuple[dict[str, Tensor], Any]:
+    """(tensors, skeleton): the skeleton is JSON in which `{"$t": "7"}` stands for tensor 7; equal objects share one."""
+    tensors: dict[str, Tensor] = {}
+    seen: dict[int, str] = {}
+    pins: list[Any] = []  # keeps temporaries alive, so that an id is never used twice
+
+    def visit(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            if id(x) not in seen:
+                seen[id(x)] = str(len(seen))
+                pins.append(x)
+                tensors[seen[id(x)]] = x
+            return {"$t": seen[id(x)]}
+        if isinstance(x, bytes):
+            return {
+                "$b": visit(torch.frombuffer(bytearray(x), dtype=torch.uint8) if x else torch.empty(0).byte())["$t"]
+            }
+        if isinstance(x, Mapping):
+            if all(isinstance(k, str) and not k.startswith("$") for k in x):
+                return {k: visit(v) for k, v in x.items()}
+            return {"$d": [[visit(k), visit(v)] for k, v in x.items()]}
+        if isinstance(x, list | tuple):
+            return [visit(v) for v in x]
+        if x is None or isinstance(x, bool | int | float | str):
+            return x
+        raise TypeError(f"cannot save a {type(x).__name__}: state is tensors and plain data only")
+
+    skeleton = visit(value)
+    return tensors, skeleton
+
+
+def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
+    """The inverse of `flatten`; tuples come back as lists."""
+    loaded: dict[str, Tensor] = {}
+
+    def tensor(key: str) -> Tensor:
+        if key not in loaded:
+            loaded[key] = tensors[key]
+        return loaded[key]
+
+    def visit(x: Any) -> Any:
+        if isinstance(x, list):
+            return [visit(v) for v in x]
+        if not isinstance(x, dict):
+            return x
+        if "$t" in x:
+            return tensor(x["$t"])
+        if "$b" in x:
+            return tensor(x["$b"]).numpy().tobytes()
+        if "$d" in x:
+            return {visit(k): visit(v) for k, v in x["$d"]}
+        return {k: visit(v) for k, v in x.items()}
+
+    return visit(skeleton)
+
+
+# --- blobs ---------------------------------------------------------------------------------------------------------
+class Spool:
+    """Packets waiting to be read: in memory up to `budget` bytes, in files beyond, so that memory does not grow with
+    the number of clients. A blob never changes; a dropped file is deleted at the next checkpoint, which may still need it.
+    """
+
+    def __init__(self, folder: Path | None = None, budget: int = 64 << 20) -> None:
+        self.folder, self.budget = folder, budget
+        self._memory: dict[str, bytes] = {}
+        self._used = 0
+        self._files: set[str] = set()
+        self._dropped: list[str] = []
+
+    def put(self, key: str, blob: bytes) -> None:
+        """Keep `blob` under a key that was never used before. Raises `StoreError` if the disk is full."""
+        if self.folder is None or self._used + len(blob) <= self.budget:
+            self._memory[key] = blob
+            self._used += len(blob)
+            return
+        try:
+            self._path(key).parent.mkdir(parents=True, exist_ok=True)
+            self._path(key).write_bytes(blob)
+        except OSError as error:
+            self._path(key).unlink(missing_ok=True)
+            raise StoreError(f"cannot write '{self._path(key)}': {error.strerror}; free space, then resume") from error
+        self._files.add(key)
+
+    def get(self, key: str) -> wire.Packet:
+        """The packet under `key`; on disk it is read tensor by tensor."""
+        return wire.Packet(self._memory[key] if key in self._memory else self._path(key))
+
+    def size(self, key: str) -> int:
+        """Bytes of the blob."""
+        return len(self._memory[key]) if key in self._memory else self._path(key).stat().st_size
+
+    def drop(self, key: str) -> None:
+        """Forget `key`."""
+        if key in self._memory:
+            self._used -= len(self._memory.pop(key))
+        elif key in self._files:
+            self._files.discard(key)
+            self._dropped.append(key)
+
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None  # only keys that were put into files get here
+        return self.folder / f"{key.replace('/', '-')}.hkt"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The blobs in memory, and the names of those in files (made durable here)."""
+        for key in sorted(self._files):
+            with self._path(key).open("rb") as f:
+                os.fsync(f.fileno())
+        return {"memory": dict(self._memory), "files": sorted(self._files)}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Become the spool that `state_dict` described. Raises `StoreError` if one of its files is gone or damaged."""
+        self._memory, self._files = dict(saved["memory"]), set(saved["files"])
+        self._used = sum(map(len, self._memory.values()))
+        for key in sorted(self._files):
+            try:
+                wire.Packet(self._path(key))
+            except (OSError, WireError) as error:
+                raise StoreError(f"the checkpoint needs '{self._path(key)}': {error}") from error
+
+    def tidy(self, keep: set[str]) -> None:
+        """Delete files that nobody needs: those dropped and not named in `keep` (older checkpoints may name some)."""
+        gone = [key for key in self._dropped if key not in keep]
+        for key in gone:
+            self._path(key).unlink(missing_ok=True)
+        self._dropped = [key for key in self._dropped if key in keep]
+
+    @property
+    def files(self) -> set[str]:
+        """Keys that live in files."""
+        return set(self._files)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+def save(folder: Path, step: int, state: Any, recipe_hash: str) -> Path:
+    """Write checkpoint number `step` (increasing) and delete all but the newest `KEEP`.
+
+    Raises:
+        StoreError: it cannot be written (disk full); the ones before are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, skeleton = flatten(state)
+    path = folder / f"{step:010d}.hkt"
+    try:
+        wire.write_file(path, tensors, {"format": FORMAT, "step": step, "recipe": recipe_hash, "state": skeleton})
+    except WireError as error:
+        raise StoreError(f"no checkpoint written: {error}; the one before is whole: resume from it") from error
+    for old in sorted(folder.glob("*.hkt"))[:-KEEP]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load(folder: Path, recipe_hash: str | None = None) -> tuple[Any, list[str]]:
+    """(state of the newest whole checkpoint, warnings about newer ones that are torn).
+
+    Raises:
+        StoreError: there is none, none is whole, or it belongs to another recipe or an older format.
+    """
+    warnings = []
+    for path in sorted(folder.glob("*.hkt"), reverse=True):
+        try:
+            packet = wire.Packet(path)
+        except (OSError, WireError) as error:
+            warnings.append(f"checkpoint skipped: {error}")
+            continue
+        meta = packet.meta
+        if meta.get("format") != FORMAT:
+            raise StoreError(
+                f"'{path}' has checkpoint format {meta.get('format')}, this is {FORMAT}; start the run anew"
+            )
+        if recipe_hash is not None and meta["recipe"] != recipe_hash:
+            raise StoreError(f"'{path}' belongs to another recipe (hash {meta['recipe']}, this one {recipe_hash})")
+        return unflatten(packet, meta["state"]), warnings
+    detail = ("; ".join(warnings) + "; start the run anew") if warnings else "nothing to resume; use `hocket run`"
+    raise StoreError(f"no whole checkpoint in '{folder}': {detail}")
+
+
+# --- the run folder --------------------------------------------------------------------------------------------------
+class RunFolder:
+    """Where one run keeps everything; a lock keeps a second process out while the first lives.
+
+    Raises:
+        StoreError: the folder is in use, cannot be made, or (for a new run) already holds one.
+    """
+
+    def __init__(self, path: Path, new: bool) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot make run folder '{path}': {error.strerror}") from error
+        self._lock = FileLock(str(path / "lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise StoreError(f"run folder '{path}' is in use by another process; choose another --out") from None
+        if new and (self.ledger.exists() or self.checkpoints.exists()):
+            self.close()
+            raise StoreError(f"'{path}' already holds a run: `hocket resume {path}`, or choose another --out")
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.toml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoint"
+
+    @property
+    def spool(self) -> Path:
+        return self.path / "spool"
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """Write a small JSON file whole or not at all."""
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        temporary.replace(path)
+
+    def close(self) -> None:
+        """Let others in."""
+        self._lock.release()
