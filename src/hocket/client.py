@@ -50,6 +50,11 @@ class Result:
     weight: float
     metrics: dict[str, float]
 
+    @property
+    def size(self) -> int:
+        """Bytes that travel."""
+        return len(self.blob)
+
 
 def work(
     setting: Setting,

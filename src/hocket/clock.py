@@ -19,12 +19,14 @@ Lane = Literal["down", "compute", "up"]
 class Device:
     """One client's machine and link."""
 
-    step_seconds: float = Field(1.0, ge=0, description="seconds for one local step")
-    down_mb_s: float = Field(10.0, gt=0, description="download bandwidth, megabytes (10^6 bytes) a second")
-    up_mb_s: float = Field(10.0, gt=0, description="upload bandwidth, megabytes (10^6 bytes) a second")
-    latency: float = Field(0.0, ge=0, description="seconds before a sent packet arrives, each way, beside its bytes")
-    loss: float = Field(0.0, ge=0, le=1, description="probability that a job is lost on this client")
-    detect: float = Field(0.0, ge=0, description="seconds until the server learns that a job was lost")
+    step_seconds: float = Field(default=1.0, ge=0, description="seconds for one local step")
+    down_mb_s: float = Field(default=10.0, gt=0, description="download bandwidth, megabytes (10^6 bytes) a second")
+    up_mb_s: float = Field(default=10.0, gt=0, description="upload bandwidth, megabytes (10^6 bytes) a second")
+    latency: float = Field(
+        default=0.0, ge=0, description="seconds before a sent packet arrives, each way, beside its bytes"
+    )
+    loss: float = Field(default=0.0, ge=0, le=1, description="probability that a job is lost on this client")
+    detect: float = Field(default=0.0, ge=0, description="seconds until the server learns that a job was lost")
     online: Annotated[
         tuple[tuple[float, float], ...],
         Field(description="when the client can be reached, as [from, to) in seconds; empty: always"),

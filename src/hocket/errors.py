@@ -36,6 +36,10 @@ class RunError(HocketError):
     """A run cannot go on, for example because no client can be reached."""
 
 
+class Interrupted(Exception):
+    """Training or evaluation was asked to stop; the event in progress has not happened."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'a' or 'b'?"` for the names closest to `name`, or the whole list if none is close."""
     options = sorted(known)

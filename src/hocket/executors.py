@@ -6,6 +6,7 @@ waits until it is needed (one model alive for thousands of clients); the pool st
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +18,7 @@ import torch.multiprocessing  # teaches the pool's queues to hand tensors over i
 
 from hocket import wire
 from hocket.client import Result, Setting, work
-from hocket.errors import RunError
+from hocket.errors import Interrupted, RunError
 from hocket.methods import Job
 from hocket.tree import Tree
 
@@ -82,6 +83,7 @@ _setting: Setting | None = None  # of a worker process; set once by its initiali
 
 def _enter(factory: Callable[..., Setting], args: tuple[Any, ...], threads: int) -> None:
     global _setting
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     torch.set_num_threads(threads)
     torch.multiprocessing.set_sharing_strategy("file_system")
     _setting = factory(*args)
@@ -99,17 +101,26 @@ class Pool:
         workers: number of processes.
         factory, args: a module-level function that makes the setting in the worker, and its picklable arguments.
         threads: torch threads of each worker; the same number gives the same bits for any number of workers.
+        interrupted: asked while waiting for a result; when it says yes, waiting ends with `Interrupted`.
 
     Raises:
         RunError: a worker died (out of memory, killed); nothing done before is lost.
     """
 
-    def __init__(self, workers: int, factory: Callable[..., Setting], args: tuple[Any, ...], threads: int) -> None:
+    def __init__(
+        self,
+        workers: int,
+        factory: Callable[..., Setting],
+        args: tuple[Any, ...],
+        threads: int,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
         # one file per tensor in shared memory rather than one descriptor: trees hold more tensors than a process may
         torch.multiprocessing.set_sharing_strategy("file_system")
         context = torch.multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(workers, context, _enter, (factory, args, threads))
         self._futures: dict[int, Future[Result]] = {}
+        self._interrupted = interrupted
 
     def submit(self, task: Task) -> None:
         try:
@@ -119,7 +130,13 @@ class Pool:
 
     def result(self, job: int) -> Result:
         try:
-            done = self._futures[job].result()
+            while True:
+                try:
+                    done = self._futures[job].result(timeout=0.2)
+                    break
+                except TimeoutError:
+                    if self._interrupted():
+                        raise Interrupted from None
         except BrokenProcessPool as error:
             raise RunError("a worker process died; use fewer workers or a smaller batch, then resume") from error
         del self._futures[job]

@@ -51,10 +51,10 @@ class Registry(Generic[T]):
         __import__(self.home)
         return sorted(self._entries)
 
-    def get(self, name: str) -> type[T]:
+    def get(self, name: str, path: str = "") -> type[T]:
         """The class called `name`. Raises `RecipeError` with the nearest names if there is none."""
         if name not in self.names():
-            raise RecipeError(f"{self.kind}: there is no '{name}'{nearest(name, self._entries)}")
+            raise RecipeError(f"{path or self.kind}: there is no '{name}'{nearest(name, self._entries)}")
         return self._entries[name]
 
     def build(self, spec: str | Mapping[str, Any] | T, path: str = "") -> T:
@@ -69,7 +69,7 @@ class Registry(Generic[T]):
         fields = {"name": spec} if isinstance(spec, str) else dict(spec)
         if not isinstance(fields.get("name"), str):
             raise RecipeError(f"{path}.name: missing; known: {', '.join(self.names())}")
-        cls = self.get(fields.pop("name"))
+        cls = self.get(fields.pop("name"), path)
         known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
         for key in fields:
             if key not in known:
@@ -85,9 +85,10 @@ def explain(error: ValidationError, path: str = "") -> str:
     lines = []
     for e in error.errors():
         where = ".".join([path, *(str(x) for x in e["loc"])]).strip(".")
+        where = f"{where}: " if where else ""
         reason = e["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         shown = "" if isinstance(e["input"], dict) else f" (got {e['input']!r})"
-        lines.append(f"{where}: {reason}{shown}")
+        lines.append(f"{where}{reason}{shown}")
     return "\n".join(lines)
 
 

@@ -1,8 +1,9 @@
 """The engine on the virtual clock: one process for all machines.
 
 Each client has three serial lanes (down, compute, up). A download is encoded, its bytes take the link's time, the
-client computes when its turn comes, the upload is encoded and takes its time. All arrivals of one instant are heard before the
-server steps, and it steps before anyone is asked again. `state_dict` after any event resumes to the same bits.
+client computes when its turn comes, the upload is encoded and takes its time. All arrivals of one instant are
+heard before the server steps, and it steps before anyone is asked again. `state_dict` after any event resumes to the
+same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from hocket import wire
 from hocket.clock import Clock, Device
 from hocket.codecs import Codec
 from hocket.downlink import Downlink
-from hocket.errors import RunError
+from hocket.errors import Interrupted, RunError
 from hocket.executors import Executor, Task
 from hocket.ledger import Ledger
 from hocket.methods import Job, Update
@@ -26,10 +27,6 @@ from hocket.store import Spool
 from hocket.tree import Tree, generator
 
 PATIENCE = 1000  # joins and leaves without anybody to ask before a run is called stuck
-
-
-class Interrupted(Exception):
-    """Training or evaluation was asked to stop; the event in progress has not happened."""
 
 
 @dataclass
@@ -43,6 +40,7 @@ class Flight:
     compute: tuple[float, float]
     doomed: bool
     up: tuple[float, float] | None = None
+    up_bytes: int = 0
     weight: float = 0.0
     metrics: dict[str, float] | None = None
     abandoned: bool = False
@@ -85,7 +83,8 @@ class Simulation:
         self.memory: dict[int, str] = {}  # where in the spool each client's private tensors are
         self.quiet = 0  # joins and leaves since anybody was asked
         self.due: int | None = 0 if evaluate else None  # version whose evaluation is still to be done
-        self.begun = False
+        self.events = 0
+        self.begun = self.finished = False
 
     # --- the loop -----------------------------------------------------------------------------------------------
     def run(self) -> None:
@@ -110,11 +109,13 @@ class Simulation:
             except Interrupted:
                 self.clock.unpop(kind, key)
                 raise
+            self.events += 1
             self.on_event()
         for flight in list(self.flights.values()):
             self._end_lanes(flight)
         self.flights.clear()
         self.ledger.add("end", t=self.clock.now, version=self.server.version)
+        self.finished = True
 
     def _begin(self) -> None:
         self.begun = True
@@ -191,9 +192,10 @@ class Simulation:
             self.memory[client] = f"memory/{client}/{flight.job.id}"
             self.spool.put(self.memory[client], wire.pack(result.memory))
         self.spool.put(f"up/{key}", result.blob)
-        flight.view, flight.weight, flight.metrics = None, result.weight, result.metrics
+        flight.view, flight.up_bytes = None, result.size
+        flight.weight, flight.metrics = result.weight, result.metrics
         self.server.computed(flight.job)
-        flight.up = self.clock.occupy(client, "up", self.clock.now, len(result.blob) / (device.up_mb_s * 1e6))
+        flight.up = self.clock.occupy(client, "up", self.clock.now, result.size / (device.up_mb_s * 1e6))
         self.clock.schedule(flight.up[1] + device.latency, "arrived", key)
         self._next(client)
 
@@ -264,11 +266,10 @@ class Simulation:
         job, now = flight.job, self.clock.now
         common = {"client": job.client, "job": job.id, "turn": job.turn, "version": job.version}
         metrics = {k: (flight.metrics or {}).get(k) for k in ("loss", "steps", "skipped")}
-        up = self.spool.size(f"up/{job.id}") if flight.up is not None else 0
         for what, lane, size, more in (
             ("down", flight.down, flight.bytes, {}),
             ("compute", flight.compute, 0, metrics),
-            ("up", flight.up, up, {}),
+            ("up", flight.up, flight.up_bytes, {}),
         ):
             if lane is None or lane[0] > now:
                 continue
@@ -285,8 +286,8 @@ class Simulation:
         asked = sum(r.get("asked", {}).values())
         return (
             f"stuck at second {self.clock.now:g} in turn {s.version}: {asked} jobs asked, {r.get('arrived', 0)} "
-            f"updates arrived, {len(s.online)} of {len(s.clients)} clients online, nobody left to ask; lower schedule.minimum, "
-            f"raise schedule.deadline, or mend the clients' loss and online settings"
+            f"updates arrived, {len(s.online)} of {len(s.clients)} clients online, nobody left to ask; lower "
+            f"schedule.minimum, raise schedule.deadline, or mend the clients' loss and online settings"
         )
 
     # --- saving -------------------------------------------------------------------------------------------------
@@ -310,6 +311,7 @@ class Simulation:
             "downlink": self.downlink.state_dict(),
             "quiet": self.quiet,
             "due": self.due,
+            "events": self.events,
             "begun": self.begun,
             "ledger": self.ledger.state_dict(),
             "spool": self.spool.state_dict(),
@@ -328,7 +330,8 @@ class Simulation:
             self.flights[f["job"]["id"]] = Flight(**{**f, **lanes, "job": Job(**f["job"]), "view": view})
         self.queues, self.memory = saved["queues"], saved["memory"]
         self.downlink.load_state_dict(saved["downlink"])
-        self.quiet, self.due, self.begun = saved["quiet"], saved["due"], saved["begun"]
+        self.quiet, self.due = saved["quiet"], saved["due"]
+        self.events, self.begun = saved["events"], saved["begun"]
         for client, queue in self.queues.items():
             if queue:
                 self._submit(client)

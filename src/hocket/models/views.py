@@ -1,0 +1,127 @@
+"""Views: which parameters of a model can move, under names that do not depend on wrappers.
+
+`full` is everything, `blocks` the transformer layers (and, if asked, the rest one by one), `lora` the adapters that peft
+adds, and a new classification head. The frozen rest is one copy, shared by all simulated clients.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import Tensor, nn
+
+from hocket.errors import RecipeError
+from hocket.methods import Method
+from hocket.methods.fedbcd import LAYER
+from hocket.tree import Tree, generator
+
+
+@dataclass
+class View:
+    """A model seen through names: what trains, what it is called, and the values in place.
+
+    Attributes:
+        model: the transformers or peft model; its parameters outside the view are frozen.
+        params: logical name to parameter.
+    """
+
+    model: Any
+    params: dict[str, nn.Parameter]
+
+    def __post_init__(self) -> None:
+        for p in self.model.parameters():
+            p.requires_grad_(False)
+        self.device = next(self.model.parameters()).device
+        self._placed: dict[str, Tensor] = {}  # which tensor was put into each parameter last
+
+    def start(self) -> Tree:
+        """The values in place, without a copy: the server's state and the model share them."""
+        tree = {k: self.params[k].data for k in sorted(self.params)}
+        self._placed = dict(tree)
+        return tree
+
+    def place(self, values: Tree) -> None:
+        """Put values into the model: on the same device by pointing at them, else by a copy, and only where they differ
+        from what is there. The tensors are never written into. Raises `KeyError` if a name is not in the view.
+        """
+        for k, v in values.items():
+            if self._placed.get(k) is not v:
+                self.params[k].data = v.to(self.device)
+                self._placed[k] = v
+
+    def loosen(self, name: str) -> nn.Parameter:
+        """Give a parameter its own memory and let it train; `place` puts the old value back later."""
+        p = self.params[name]
+        p.data = p.data.clone()
+        p.requires_grad_(True)
+        self._placed.pop(name, None)
+        return p
+
+    @property
+    def trainable(self) -> int:
+        """Number of elements that can move."""
+        return sum(p.numel() for p in self.params.values())
+
+    @property
+    def total(self) -> int:
+        """Number of elements of the model, adapters included."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def make(model: Any, method: Method, task: str = "causal", seed: int = 0) -> View:
+    """The view that `method` wants of `model`.
+
+    Raises:
+        RecipeError: the view finds nothing to train (wrong targets, an architecture without layers).
+    """
+    if method.view == "lora":
+        return _lora(model, method, task, seed)
+    params = dict(model.named_parameters())
+    if method.view == "blocks" and not getattr(method, "extras", False):
+        params = {k: p for k, p in params.items() if LAYER.search(k)}
+        if not params:
+            raise RecipeError(f"method.name: '{method.name}' found no layers in {type(model).__name__}; use 'fedavg'")
+    return View(model, params)
+
+
+def _lora(model: Any, method: Any, task: str, seed: int) -> View:
+    convolution = any(type(m).__name__ == "Conv1D" for m in model.modules())
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS if task == "classification" else TaskType.CAUSAL_LM,
+        r=method.rank,
+        lora_alpha=method.alpha,
+        lora_dropout=method.dropout,
+        target_modules=list(method.targets) or None,
+        rank_pattern=dict(method.rank_pattern),
+        alpha_pattern=dict(method.alpha_pattern),
+        fan_in_fan_out=convolution,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="fan_in_fan_out is set to"
+            )  # mixed Conv1D and Linear: peft mends it
+            wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        modules = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if not list(m.children()) and n})
+        raise RecipeError(
+            f"method.targets: {error}; leaf modules of {type(model).__name__}: {', '.join(modules)}"
+        ) from error
+    params = {}
+    for name, p in wrapped.named_parameters():
+        if p.requires_grad:
+            logical = name.replace(".default.", ".").removesuffix(".default").replace(".modules_to_save.", ".")
+            params[logical] = p
+            if ".lora_A." in name:  # keyed by name, so that it is the same on every client and in every process
+                p.data = _kaiming(p.data, generator(seed, "lora", logical))
+    return View(wrapped, params)
+
+
+def _kaiming(like: Tensor, g: torch.Generator) -> Tensor:
+    """Uniform in +-1/sqrt(in), which is kaiming_uniform with a = sqrt(5), peft's choice for A."""
+    bound = like[0].numel() ** -0.5
+    return ((torch.rand(like.shape, generator=g) * 2 - 1) * bound).to(like.dtype).to(like.device)

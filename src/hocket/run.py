@@ -1,0 +1,223 @@
+"""One run in one folder: start, resume, stop cleanly, write down what happened."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import hocket
+from hocket import store
+from hocket.errors import Interrupted, StoreError
+from hocket.executors import Executor, Inline, Pool
+from hocket.experiment import Experiment, setting_of
+from hocket.ledger import Ledger
+from hocket.recipe import Recipe
+from hocket.recipe import load as load_recipe
+from hocket.simulate import Simulation
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+class Stop:
+    """Becomes true at the first SIGINT or SIGTERM; a second one ends the process at once (its checkpoints stay)."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the signals inside the block. Outside the main thread nothing is caught."""
+
+        def heard(number: int, frame: FrameType | None) -> None:
+            self.signal = number
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+        try:
+            before = {n: signal.signal(n, heard) for n in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:
+            before = {}
+        try:
+            yield
+        finally:
+            for n, handler in before.items():
+                signal.signal(n, handler)
+
+
+def start(recipe: Recipe, out: Path, listener: Listener | None = None, stop: Stop | None = None) -> Path:
+    """Run a recipe in a new folder.
+
+    Raises:
+        HocketError: bad input; the message says what to change.
+        Interrupted: stopped by a signal; a checkpoint was written.
+    """
+    folder = store.RunFolder(out, new=True)
+    try:
+        folder.recipe.write_text(recipe.to_toml())
+        return _go(recipe, folder, listener, stop or Stop())
+    finally:
+        folder.close()
+
+
+def resume(out: Path, listener: Listener | None = None, stop: Stop | None = None, workers: int | None = None) -> Path:
+    """Go on with a run from its newest whole checkpoint, or from the start if it has none yet.
+
+    Raises:
+        StoreError: the folder is no run, is in use, has finished, or none of its checkpoints is whole.
+    """
+    if not (out / "recipe.toml").exists():
+        raise StoreError(f"'{out}' holds no run: recipe.toml is missing; use `hocket run RECIPE --out {out}`")
+    recipe = load_recipe(out / "recipe.toml")
+    if workers is not None:
+        recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"workers": workers})})
+    folder = store.RunFolder(out, new=False)
+    try:
+        return _go(recipe, folder, listener, stop or Stop())
+    finally:
+        folder.close()
+
+
+def _go(recipe: Recipe, folder: store.RunFolder, listener: Listener | None, stop: Stop) -> Path:
+    saved: dict[str, Any] | None = None
+    warnings: list[str] = []
+    if any(folder.checkpoints.glob("*.hkt")):
+        saved, warnings = store.load(folder.checkpoints, recipe.hash)
+        if saved["finished"]:
+            raise StoreError(f"'{folder.path}' has finished; `hocket report {folder.path}` shows it")
+    if listener:
+        for line in warnings:
+            listener({"what": "warning", "text": line})
+    began = time.monotonic()
+    with stop.listening():
+        experiment = Experiment(recipe, stop)
+        if stop():
+            raise Interrupted
+        before = _wall(folder)
+        _write_manifest(folder, experiment, before)
+        ledger = Ledger(folder.ledger, saved["engine"]["ledger"]["position"] if saved else 0, listener)
+        executor = _executor(experiment, stop)
+        try:
+            simulation = _simulation(experiment, folder, ledger, executor, saved, stop)
+            _loop(simulation, recipe, folder, stop)
+        finally:
+            executor.close()
+            _write_manifest(folder, experiment, before + time.monotonic() - began)
+        ledger.close()
+    return folder.path
+
+
+def _executor(experiment: Experiment, stop: Stop) -> Executor:
+    engine = experiment.recipe.engine
+    if not engine.workers:
+        return Inline(experiment.setting())
+    threads = engine.threads or torch.get_num_threads()
+    return Pool(engine.workers, setting_of, (experiment.recipe.to_toml(),), threads, stop)
+
+
+def _simulation(
+    experiment: Experiment, folder: store.RunFolder, ledger: Ledger, executor: Executor, saved: Any, stop: Stop
+) -> Simulation:  # fmt: skip
+    recipe = experiment.recipe
+    simulation = Simulation(
+        experiment.server(), recipe.devices(), experiment.steps, experiment.down, experiment.up, executor, ledger,
+        store.Spool(folder.spool, recipe.engine.spool_mb << 20), experiment.evaluate, recipe.evaluation.every,
+    )  # fmt: skip
+    if saved is not None:
+        simulation.load_state_dict(saved["engine"])
+    simulation.spool.sweep()
+    return simulation
+
+
+def _loop(simulation: Simulation, recipe: Recipe, folder: store.RunFolder, stop: Stop) -> None:
+    """Run to the end with a checkpoint every few turns, and one when asked to stop."""
+    done = {"version": simulation.server.version, "files": simulation.spool.files}
+
+    def checkpoint() -> None:
+        state = {"engine": simulation.state_dict(), "finished": simulation.finished}
+        store.save(folder.checkpoints, simulation.events, state, recipe.hash)
+        simulation.spool.tidy(keep=done["files"] | simulation.spool.files)  # type: ignore[operator]
+        done["files"] = simulation.spool.files
+
+    def on_event() -> None:
+        if stop():
+            raise Interrupted
+        if simulation.server.version >= done["version"] + recipe.engine.checkpoint_every:  # type: ignore[operator]
+            checkpoint()
+            done["version"] = simulation.server.version
+
+    simulation.on_event = on_event
+    try:
+        simulation.run()
+    except Interrupted:
+        checkpoint()
+        raise
+    checkpoint()
+
+
+def _wall(folder: store.RunFolder) -> float:
+    try:
+        return float(json.loads(folder.manifest.read_text())["wall_seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def _write_manifest(folder: store.RunFolder, experiment: Experiment, wall: float) -> None:
+    recipe, view = experiment.recipe, experiment.view
+    clients = [
+        {
+            "id": i, "name": name, "rows": rows, "step_seconds": d.step_seconds, "down_mb_s": d.down_mb_s,
+            "up_mb_s": d.up_mb_s, "latency": d.latency, "local_steps": steps,
+        }
+        for i, (name, rows, d, steps) in enumerate(
+            zip(experiment.data.names, experiment.rows, recipe.devices(), experiment.steps, strict=True)
+        )
+    ]  # fmt: skip
+    folder.write_json(
+        folder.manifest,
+        {
+            "name": recipe.name,
+            "hocket": hocket.__version__,
+            "git": git_hash(),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "recipe_hash": recipe.hash,
+            "clients": clients,
+            "skipped": {k: len(v) for k, v in experiment.data.skipped.items()},
+            "heldout_rows": len(experiment.data.heldout),
+            "wall_seconds": round(wall, 3),
+            "method": recipe.method["name"],
+            "schedule": str(recipe.schedule["name"]),
+            "codec": str(experiment.up),
+            "model": recipe.model.source,
+            "view": experiment.method.view,
+            "trainable": view.trainable,
+            "total": view.total,
+            "device": str(view.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+    )
+
+
+def git_hash() -> str | None:
+    """Commit of the source tree this package runs from (with `+` if changed), or None if it is not one."""
+    here = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None

@@ -1,0 +1,191 @@
+"""The local loop: some optimizer steps on one client's rows, from given values to their differences.
+
+Only the tensors a job trains get their own memory, gradients and optimizer state; everything else points at shared
+values, and autograd stops below the lowest trained layer because nothing under it requires a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from hocket.errors import Interrupted
+from hocket.methods import Local
+from hocket.models.forward import autocast, loss_sum
+from hocket.models.views import View
+from hocket.tree import Tree, generator
+
+Batch = Mapping[str, Tensor]
+
+
+class Training(BaseModel):
+    """How clients train."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimizer")
+    lr: float = Field(1e-4, gt=0, description="local rate at turn 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="rate over turns, down to 0")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay (adamw) or L2 (sgd)")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of sgd")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="moments of adamw")
+    optimizer_state: Literal["reset", "keep"] = Field(
+        "reset", description="start every job fresh (as BAdam), or keep each tensor's state in the client's memory"
+    )
+    batch_size: int = Field(4, ge=1, description="rows in one forward pass")
+    accumulation: int = Field(1, ge=1, description="forward passes in one optimizer step")
+    local_steps: int = Field(4, ge=1, description="optimizer steps a job")
+    local_epochs: Annotated[
+        float | None, Field(gt=0, description="passes over the client's rows; replaces local_steps")
+    ] = None
+    clip: Annotated[float | None, Field(gt=0, description="largest norm of the gradient; none: no clipping")] = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast; bf16 and fp16 are for GPUs")
+
+    def steps(self, rows: int) -> int:
+        """Local steps of a client with that many rows."""
+        if self.local_epochs is None:
+            return self.local_steps
+        return max(1, math.ceil(self.local_epochs * rows / (self.batch_size * self.accumulation)))
+
+    def rate(self, turn: int, turns: int) -> float:
+        """Local rate at `turn` of `turns`."""
+        x = turn / max(turns, 1)
+        return self.lr * {"constant": 1.0, "linear": 1 - x, "cosine": 0.5 * (1 + math.cos(math.pi * x))}[self.schedule]
+
+
+class TorchTrainer:
+    """Trains the view's model on clients' rows.
+
+    Args:
+        view: the one model object that serves all clients of this process.
+        data: rows of each client, anything indexable.
+        collate: rows to a batch.
+        config: optimizer, rate, steps, precision.
+        interrupted: asked before every step; when true the job stops with `Interrupted` and has not happened.
+        loss: (model, batch) to (summed loss, count); the default covers transformers models.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        data: Sequence[Sequence[Any]],
+        collate: Callable[[list[Any]], Batch],
+        config: Training,
+        interrupted: Callable[[], bool] = lambda: False,
+        loss: Callable[[Any, Any], tuple[Tensor, int]] = loss_sum,
+    ) -> None:
+        self.view, self.data, self.collate, self.config = view, data, collate, config
+        self.interrupted, self._loss = interrupted, loss
+
+    def loss(self, params: Tree, batch: Any) -> Tensor:
+        """Mean loss of a batch with `params` in place."""
+        self.view.place(params)
+        with torch.no_grad():
+            total, count = self._loss(self.view.model, self._to_device(batch))
+        return total / max(count, 1)
+
+    def fit(self, local: Local, start: Tree, only: Callable[[str], bool], prox: float) -> Tree:
+        """Deltas of the selected tensors after this client's local steps (see `Trainer`)."""
+        self.view.place(start)
+        names = [k for k in sorted(start) if only(k)]
+        live = [self.view.loosen(k) for k in names]
+        try:
+            self._steps(local, names, live, start, prox)
+            # the trained memory becomes the difference: no further copy
+            return {k: p.data.sub_(start[k].to(p.device)).cpu() for k, p in zip(names, live, strict=True)}
+        finally:
+            for p in live:
+                p.requires_grad_(False)
+                p.grad = None
+            self.view.place({k: start[k] for k in names})
+
+    def _steps(self, local: Local, names: list[str], live: list[nn.Parameter], start: Tree, prox: float) -> None:
+        c, device, model = self.config, self.view.device, self.view.model
+        optimizer = self._optimizer(local, names, live)
+        scaler = torch.amp.GradScaler(device.type, enabled=c.precision == "fp16")
+        anchors = [start[k].to(device) for k in names] if prox else []
+        losses, skipped, examples, tokens = [], 0, 0, 0
+        model.train()
+        gpu = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(gpu):  # dropout draws from the global generator: key it, then leave it as it was
+            torch.manual_seed(int(generator(local.seed, "dropout", local.client, local.visit).initial_seed()))
+            for micro in self._batches(local):
+                if self.interrupted():
+                    raise Interrupted
+                count = sum(_count(b) for b in micro)
+                value = 0.0
+                for batch in micro:
+                    with autocast(device, c.precision):
+                        total, _ = self._loss(model, batch)
+                    loss = total / max(count, 1)
+                    scaler.scale(loss).backward()
+                    value += float(loss.detach())
+                scaler.unscale_(optimizer)
+                if prox:
+                    for p, anchor in zip(live, anchors, strict=True):  # d/dw mu/2 |w - w_start|^2
+                        if p.grad is not None:
+                            p.grad.add_(p.detach() - anchor, alpha=prox)
+                norm = nn.utils.clip_grad_norm_(live, c.clip or math.inf)
+                if math.isfinite(value) and bool(torch.isfinite(norm)):
+                    scaler.step(optimizer)
+                    losses.append(value)
+                else:
+                    skipped += 1
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                examples += sum(len(b["input_ids"]) if "input_ids" in b else 1 for b in micro)
+                tokens += count
+        local.metrics.update(steps=len(losses), skipped=skipped, examples=examples, tokens=tokens)
+        if losses:
+            local.metrics["loss"] = sum(losses) / len(losses)
+        if c.optimizer_state == "keep":
+            for k, p in zip(names, live, strict=True):
+                for slot, v in optimizer.state[p].items():
+                    if isinstance(v, Tensor):
+                        local.memory[f"optimizer/{slot}/{k}"] = v.cpu()
+
+    def _optimizer(self, local: Local, names: list[str], live: list[nn.Parameter]) -> torch.optim.Optimizer:
+        c = self.config
+        lr = c.rate(local.turn, local.turns)
+        fused = all(p.is_floating_point() for p in live) and self.view.device.type in ("cpu", "cuda")
+        optimizer: torch.optim.Optimizer
+        if c.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(live, lr, betas=c.betas, weight_decay=c.weight_decay, fused=fused)
+        else:
+            optimizer = torch.optim.SGD(live, lr, momentum=c.momentum, weight_decay=c.weight_decay, fused=fused)
+        if c.optimizer_state == "keep":
+            for k, p in zip(names, live, strict=True):
+                for slot in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
+                    if (key := f"optimizer/{slot}/{k}") in local.memory:
+                        v = local.memory[key].clone()
+                        optimizer.state[p][slot] = v if slot == "step" and not fused else v.to(p.device)
+        return optimizer
+
+    def _batches(self, local: Local) -> Iterator[list[Batch]]:
+        """The micro-batches of each step: the client's rows in keyed random order, pass after pass."""
+        c, rows = self.config, self.data[local.client]
+        g = generator(local.seed, "batch", local.client, local.visit)
+        order: list[int] = []
+        for _ in range(c.steps(len(rows))):
+            micro = []
+            for _ in range(c.accumulation):
+                size = min(c.batch_size, len(rows))
+                while len(order) < size:
+                    order += torch.randperm(len(rows), generator=g).tolist()
+                chosen, order = order[:size], order[size:]
+                micro.append(self._to_device(self.collate([rows[i] for i in chosen])))
+            yield micro
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {k: v.to(self.view.device, non_blocking=True) for k, v in batch.items()}
+
+
+def _count(batch: Batch) -> int:
+    """What the loss of a batch sums over: label tokens, or rows."""
+    labels = batch["labels"]
+    return len(labels) if labels.ndim == 1 else int((labels[:, 1:] != -100).sum())
