@@ -19,7 +19,9 @@ from hocket.wire import DTYPES, NAMES
 class Half(Codec):
     """16-bit floats; integers stay as they are. Exact error bound: 2^-11 relative (fp16, normal range), 2^-8 (bf16)."""
 
-    format: Literal["bf16", "fp16"] = Field("bf16", description="bf16 keeps the range of fp32, fp16 more digits")
+    format: Literal["bf16", "fp16"] = Field(
+        default="bf16", description="bf16 keeps the range of fp32, fp16 more digits"
+    )
 
     def pack(self, name: str, x: Tensor, memory: Tree) -> tuple[Parts, Any]:
         if not x.is_floating_point() or x.element_size() <= 2:

@@ -126,14 +126,17 @@ class Method:
     Networks" (FedProx), MLSys 2020, arXiv 1812.06127: clients minimize f_i(w) + mu/2 |w - w_start|^2.
     """
 
-    server_lr: float = Field(1.0, gt=0, description="server rate eta")
+    server_lr: float = Field(default=1.0, gt=0, description="server rate eta")
     server_optimizer: Literal["sgd", "momentum", "adagrad", "adam", "yogi"] = Field(
-        "sgd", description="what is done with the mean update: add it, or FedAvgM / FedAdagrad / FedAdam / FedYogi"
+        default="sgd",
+        description="what is done with the mean update: add it, or FedAvgM / FedAdagrad / FedAdam / FedYogi",
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="momentum of FedAvgM and first moment of FedAdam, FedYogi")
-    beta2: float = Field(0.99, ge=0, lt=1, description="second moment of FedAdam, FedYogi")
-    tau: float = Field(1e-3, gt=0, description="adaptivity floor added to the root of the second moment")
-    mu: float = Field(0.0, ge=0, description="FedProx's proximal coefficient; 0 switches it off")
+    beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="momentum of FedAvgM and first moment of FedAdam, FedYogi"
+    )
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="second moment of FedAdam, FedYogi")
+    tau: float = Field(default=1e-3, gt=0, description="adaptivity floor added to the root of the second moment")
+    mu: float = Field(default=0.0, ge=0, description="FedProx's proximal coefficient; 0 switches it off")
 
     name: ClassVar[str] = ""
     view: ClassVar[Literal["full", "blocks", "lora"]] = "full"

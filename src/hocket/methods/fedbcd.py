@@ -38,11 +38,11 @@ ATTENTION = re.compile(r"attn|attention|input_layernorm|\.ln_1\.")
 class FedBCD(Method):
     """Federated block coordinate descent; with `overlap` it is ParaBlock."""
 
-    layers_per_block: int = Field(2, ge=1, description="consecutive layers in one block")
-    partial: bool = Field(False, description="split each block into its attention and its MLP half")
-    extras: bool = Field(False, description="also make blocks of the embeddings, the final norm and the head")
+    layers_per_block: int = Field(default=2, ge=1, description="consecutive layers in one block")
+    partial: bool = Field(default=False, description="split each block into its attention and its MLP half")
+    extras: bool = Field(default=False, description="also make blocks of the embeddings, the final norm and the head")
     order: Literal["shuffled", "replacement", "sequential", "reverse"] = Field(
-        "shuffled", description="order of blocks: a new permutation each pass, drawn with replacement, up, down"
+        default="shuffled", description="order of blocks: a new permutation each pass, drawn with replacement, up, down"
     )
 
     view: ClassVar[Literal["full", "blocks", "lora"]] = "blocks"

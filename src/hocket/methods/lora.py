@@ -29,10 +29,12 @@ from hocket.methods.base import PLAIN, Local, Method, method
 class FedIT(Method):
     """Federated averaging of LoRA's A and B, each for itself."""
 
-    rank: int = Field(8, ge=1, description="adapter rank r")
-    alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    targets: tuple[str, ...] = Field(default=(), description="module names to adapt; empty: query and value, per architecture")
+    rank: int = Field(default=8, ge=1, description="adapter rank r")
+    alpha: float = Field(default=16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / r")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    targets: tuple[str, ...] = Field(
+        default=(), description="module names to adapt; empty: query and value, per architecture"
+    )
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="module name pattern = its own rank")
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="module name pattern = its own alpha")
 

@@ -28,11 +28,19 @@ class Sync(Schedule):
     """Every turn waits for its cohort, up to a deadline."""
 
     cohort: int | float = Field(
-        1.0, gt=0, description="clients a turn: a whole number, or a share of those online (1.0 = all; 0.2 = a fifth)"
+        default=1.0,
+        gt=0,
+        description="clients a turn: a whole number, or a share of those online (1.0 = all; 0.2 = a fifth)",
     )
-    minimum: int = Field(1, ge=1, description="arrivals needed to step when the rest of the cohort is lost or late")
-    over_selection: float = Field(1.0, ge=1, description="ask this many times the cohort; step at the first `cohort`")
-    deadline: float | None = Field(None, gt=0, description="seconds after which a job counts as lost; none: wait")
+    minimum: int = Field(
+        default=1, ge=1, description="arrivals needed to step when the rest of the cohort is lost or late"
+    )
+    over_selection: float = Field(
+        default=1.0, ge=1, description="ask this many times the cohort; step at the first `cohort`"
+    )
+    deadline: float | None = Field(
+        default=None, gt=0, description="seconds after which a job counts as lost; none: wait"
+    )
 
     @property
     def patience(self) -> float | None:
@@ -83,7 +91,7 @@ class Sync(Schedule):
 class Overlap(Sync):
     """Rounds whose communication hides behind the next `staleness` rounds' computation."""
 
-    staleness: int = Field(1, ge=0, description="turns a client may be ahead of the server; 0 is `sync`")
+    staleness: int = Field(default=1, ge=0, description="turns a client may be ahead of the server; 0 is `sync`")
 
     @property
     def ahead(self) -> int:
