@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-Lane = Literal["down", "compute", "up"]
+Lane = Literal["down", "compute", "up", "link"]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -25,6 +25,7 @@ class Device:
     latency: float = Field(
         default=0.0, ge=0, description="seconds before a sent packet arrives, each way, beside its bytes"
     )
+    duplex: bool = Field(default=True, description="down and up at the same time; false: one at a time on one link")
     loss: float = Field(default=0.0, ge=0, le=1, description="probability that a job is lost on this client")
     detect: float = Field(default=0.0, ge=0, description="seconds until the server learns that a job was lost")
     online: Annotated[
@@ -103,7 +104,7 @@ class Clock:
 
     def release(self, client: int) -> None:
         """Nothing of this client goes on any more; its lanes are free now."""
-        for lane in ("down", "compute", "up"):
+        for lane in ("down", "compute", "up", "link"):
             self._free.pop((client, lane), None)
 
     def state_dict(self) -> dict[str, Any]:

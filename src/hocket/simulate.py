@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hocket import wire
-from hocket.clock import Clock, Device
+from hocket.clock import Clock, Device, Lane
 from hocket.codecs import Codec
 from hocket.downlink import Downlink
 from hocket.errors import Interrupted, RunError
@@ -149,7 +149,8 @@ class Simulation:
     def _send(self, job: Job) -> None:
         device = self.devices[job.client]
         view, size = self.downlink.send(job, self.server)
-        start, end = self.clock.occupy(job.client, "down", self.clock.now, size / (device.down_mb_s * 1e6))
+        lane: Lane = "down" if device.duplex else "link"
+        start, end = self.clock.occupy(job.client, lane, self.clock.now, size / (device.down_mb_s * 1e6))
         seconds = self.steps[job.client] * device.step_seconds
         compute = self.clock.occupy(job.client, "compute", end + device.latency, seconds)
         doomed = device.loss > 0 and bool(
@@ -195,7 +196,8 @@ class Simulation:
         flight.view, flight.up_bytes = None, result.size
         flight.weight, flight.metrics = result.weight, result.metrics
         self.server.computed(flight.job)
-        flight.up = self.clock.occupy(client, "up", self.clock.now, result.size / (device.up_mb_s * 1e6))
+        lane: Lane = "up" if device.duplex else "link"
+        flight.up = self.clock.occupy(client, lane, self.clock.now, result.size / (device.up_mb_s * 1e6))
         self.clock.schedule(flight.up[1] + device.latency, "arrived", key)
         self._next(client)
 

@@ -3,7 +3,10 @@
 With staleness s a client may start turn t once the server has version t - s: for s = 0 this is the synchronous round of
 McMahan et al. 2017; for s = 1 with blocks it is ParaBlock, whose client computes round t while round t - 1 travels.
 
-    time of T rounds, compute C, links M a round:   sync T (C + M)      overlap(s) about T max(C, M) + s M
+    seconds a round with compute C, download D, upload U:
+        sync                              C + D + U
+        overlap(s), link both ways        max(C, D, U, (C + D + U) / (s + 1))
+        overlap(s), one way at a time     max(C, D + U)                          (the paper's clock; then s >= 1 is enough)
 """
 
 from __future__ import annotations
