@@ -30,7 +30,7 @@ from hocket.methods.base import PLAIN, Local, Method, method
 from hocket.tree import generator
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
-ATTENTION = re.compile(r"attn|attention|input_layernorm|\.ln_1\.")
+ATTENTION = re.compile(r"(?:attn|attention)\.|input_layernorm|\.ln_1\.")  # not post_attention_layernorm: it feeds the MLP
 
 
 @method("fedbcd")

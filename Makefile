@@ -1,0 +1,41 @@
+# hocket. `make help` lists the targets; each makes its own environment in .venv first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint format bench clean
+
+help:  ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(READY)  ## the environment in .venv, with everything tests and demo need
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hocket needs Python 3.11 or newer; try make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $(READY)
+
+demo: $(READY)  ## fine-tune SmolLM2-135M on four teams' code, once waiting and once not; writes runs/demo/compare.html
+	$(BIN)/python -m hocket models pull smollm2-135m-instruct
+	$(BIN)/python recipes/demo.py
+
+test: $(READY)  ## all tests (under 15 minutes on two cores)
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check src tests benchmarks recipes
+	$(BIN)/ruff format --check src
+	$(BIN)/mypy
+
+format: $(READY)  ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix src tests benchmarks recipes
+	$(BIN)/ruff format src
+
+bench: $(READY)  ## the benchmarks; each prints ratios measured in one run and writes benchmarks/results/
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove the environment and all runs
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
