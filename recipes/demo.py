@@ -6,8 +6,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from hocket import recipe, report, run
 from hocket.report.progress import Progress
+
+from hocket import recipe, report, run
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "runs" / "demo"

@@ -1,7 +1,7 @@
 """Small worlds for tests: real trainer, real server, real packets; only the problem is small.
 
-`quadratic` is a federation of quadratic functions in float64, in which the papers' identities are exact; `language` is a
-tiny random language model with a few rows of tokens for each client.
+`quadratic` is a federation of quadratic functions in float64, in which the papers' identities are exact; `language` is
+a tiny random language model with a few rows of tokens for each client.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Quadratics(nn.Module):
         super().__init__()
         d = layers * size
         self.layers = nn.ModuleList(Layer(size) for _ in range(layers))
-        draw = lambda *key: torch.randn(d, d, dtype=torch.float64, generator=generator(*key))  # noqa: E731
+        draw = lambda *key: torch.randn(d, d, dtype=torch.float64, generator=generator(*key))
         roots = [draw("H", 0 if common else i) for i in range(clients)]
         self.H = torch.stack([r @ r.T / d + 0.5 * torch.eye(d, dtype=torch.float64) for r in roots])
         self.c = torch.stack([draw("c", i)[0] for i in range(clients)])

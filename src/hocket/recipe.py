@@ -147,8 +147,8 @@ class Recipe(Section):
         m, s = self.build_method(), self.build_schedule()
         if s.ahead and not m.additive:
             raise ValueError(
-                f"schedule: '{s.name}' needs an additive step, method.server_optimizer = '{m.server_optimizer}' has none; "
-                f"use method.server_optimizer = 'sgd' or schedule.name = 'sync'"
+                f"schedule: '{s.name}' needs an additive step, method.server_optimizer = '{m.server_optimizer}' has "
+                f"none; use method.server_optimizer = 'sgd' or schedule.name = 'sync'"
             )
         if (
             self.data.partition in ("dirichlet", "natural")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from hocket.errors import Interrupted, StoreError
 from hocket.executors import Executor, Inline, Pool
 from hocket.experiment import Experiment, setting_of
 from hocket.ledger import Ledger
+from hocket.provenance import git_hash
 from hocket.recipe import Recipe
 from hocket.recipe import load as load_recipe
 from hocket.simulate import Simulation
@@ -208,16 +208,3 @@ def _write_manifest(folder: store.RunFolder, experiment: Experiment, wall: float
             "torch": torch.__version__,
         },
     )
-
-
-def git_hash() -> str | None:
-    """Commit of the source tree this package runs from (with `+` if changed), or None if it is not one."""
-    here = Path(__file__).resolve().parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None

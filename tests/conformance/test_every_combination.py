@@ -19,14 +19,19 @@ METHODS: dict[str, Any] = {name: {"name": name} for name in method.names()}
 for name in ("fedit", "ffa-lora"):
     METHODS[name] |= {"rank": 2}
 METHODS |= {
-    f"fedavg+{o}": {"name": "fedavg", "server_optimizer": o, "server_lr": 0.01} for o in ("momentum", "adagrad", "adam", "yogi")
+    f"fedavg+{o}": {"name": "fedavg", "server_optimizer": o, "server_lr": 0.01}
+    for o in ("momentum", "adagrad", "adam", "yogi")
 }
 SCHEDULES: dict[str, Any] = {name: {"name": name} for name in schedule.names()}
 SCHEDULES |= {
     "overlap(2)": {"name": "overlap", "staleness": 2},
     "sync, a deadline": {"name": "sync", "deadline": 60.0, "over_selection": 1.5, "cohort": 2},
 }
-NEEDS = {"chain": {"codecs": ["half", "int8"]}, "per_tensor": {"rules": {"*norm*": "raw", "*": "int8"}}, "feedback": {"codec": "int8"}}
+NEEDS = {
+    "chain": {"codecs": ["half", "int8"]},
+    "per_tensor": {"rules": {"*norm*": "raw", "*": "int8"}},
+    "feedback": {"codec": "int8"},
+}
 CODECS: dict[str, Any] = {name: {"name": name, **NEEDS.get(name, {})} for name in codec.names()}
 
 
@@ -56,7 +61,7 @@ def frozen(w: World) -> tuple[dict[str, torch.Tensor], Any]:
 def test_resume_after_every_event_is_bit_identical(meth: str, sched: str, up: str) -> None:
     """By induction: from the state saved after event k, one more event gives the state saved after event k + 1."""
     keep = {"optimizer_state": "keep"} if meth == "fedbcd" else {}
-    make = lambda: world(meth, sched, up, loss=0.3, training=keep)  # noqa: E731
+    make = lambda: world(meth, sched, up, loss=0.3, training=keep)
     original, saved = make(), []
     original.simulation.on_event = lambda: saved.append(frozen(original))
     original.simulation.run()

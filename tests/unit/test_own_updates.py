@@ -67,7 +67,9 @@ def test_blocks_under_overlap_are_parablock(staleness: int, weights: list[int]) 
     assert len(world.iterates) == 11
     for ours, theirs in zip(world.iterates, reference, strict=True):
         assert apart(ours, theirs) < ATOL
-    assert apart(world.final, quadratic(weights=weights, turns=10).run().final) > 1e-3  # and it is not the synchronous run
+    assert (
+        apart(world.final, quadratic(weights=weights, turns=10).run().final) > 1e-3
+    )  # and it is not the synchronous run
 
 
 @pytest.mark.parametrize("staleness", [1, 2, 3])
@@ -86,7 +88,9 @@ def test_mean_of_clients_holds_for_overlapped_lora() -> None:
     for t in range(4):
         mean = {k: sum(world.starts[i, t][k] * examples for i in range(3)) / (3 * examples) for k in world.iterates[t]}
         assert apart(mean, world.iterates[t]) < 1e-6
-    assert apart(world.starts[0, 2], world.iterates[2]) > 1e-5  # single clients are ahead of the server, each its own way
+    assert (
+        apart(world.starts[0, 2], world.iterates[2]) > 1e-5
+    )  # single clients are ahead of the server, each its own way
 
 
 def test_clients_differ_only_in_blocks_in_flight() -> None:
@@ -94,7 +98,9 @@ def test_clients_differ_only_in_blocks_in_flight() -> None:
     for t in range(1, 8):
         moved = set(world.deltas[0, t - 1])
         for i in (1, 2):
-            differs = {k for k in world.starts[0, t] if not torch.allclose(world.starts[0, t][k], world.starts[i, t][k])}
+            differs = {
+                k for k in world.starts[0, t] if not torch.allclose(world.starts[0, t][k], world.starts[i, t][k])
+            }
             assert differs == moved
 
 

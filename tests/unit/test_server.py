@@ -22,7 +22,9 @@ from hocket.tree import digest
 
 def server(clients: int = 4, turns: int = 5, sched: Any = "sync", meth: Any = "fedavg", **more: Any) -> Server:
     params = {f"layers.{i}.w": torch.full((2,), 10.0 * i) for i in range(3)}
-    return Server(method.build(meth), schedule.build(sched), params, [Client(i) for i in range(clients)], turns, 0, **more)
+    return Server(
+        method.build(meth), schedule.build(sched), params, [Client(i) for i in range(clients)], turns, 0, **more
+    )
 
 
 def answer(s: Server, asked: Any, value: float = 1.0, names: Any = None, **changes: Any) -> str | None:
@@ -230,7 +232,7 @@ def test_server_optimizers_follow_reddi_et_al(optimizer: str) -> None:
 def test_proximal_term_pulls_towards_the_start() -> None:
     far = quadratic(meth="fedavg", turns=1, steps=20).run()
     near = quadratic(meth={"name": "fedavg", "mu": 5.0}, turns=1, steps=20).run()
-    norm = lambda w: sum(float(d.norm()) for t in w.deltas.values() for d in t.values())  # noqa: E731
+    norm = lambda w: sum(float(d.norm()) for t in w.deltas.values() for d in t.values())
     assert norm(near) < 0.5 * norm(far)
     # one gradient step by hand: the gradient of mu/2 |w - w0|^2 is zero at the start and mu (w1 - w0) after one step
     one = quadratic(meth="fedavg", turns=1, steps=1, clients=1).run().deltas[0, 0]
@@ -340,7 +342,9 @@ def test_ties_go_in_the_order_of_scheduling_and_unpop_undoes_pop() -> None:
     assert [clock.pop()[1] for _ in range(3)] == [3, 1, 2]
 
 
-@pytest.mark.parametrize("bad", [{"online": ((3, 2),)}, {"online": ((0, 5), (4, 6))}, {"online": ((0, 5),), "period": 3}, {"period": 3}])
+@pytest.mark.parametrize(
+    "bad", [{"online": ((3, 2),)}, {"online": ((0, 5), (4, 6))}, {"online": ((0, 5),), "period": 3}, {"period": 3}]
+)
 def test_impossible_availability_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"online|period"):
         Device(**bad)

@@ -18,15 +18,31 @@ from hocket.training import TorchTrainer, Training
 from hocket.tree import digest
 
 
-def build(arch: str = "llama", meth: Any = "fedavg", **config: Any) -> tuple[Any, TorchTrainer, dict[str, torch.Tensor]]:
+def build(
+    arch: str = "llama", meth: Any = "fedavg", **config: Any
+) -> tuple[Any, TorchTrainer, dict[str, torch.Tensor]]:
     model, _ = tiny(arch, vocab=64, layers=4, width=16)
     view = make(model, method.build(meth), "causal", 3)
-    trainer = TorchTrainer(view, [tokens(0, 6)], collate, Training.model_validate({"lr": 1e-2, "batch_size": 2, **config}))
+    trainer = TorchTrainer(
+        view, [tokens(0, 6)], collate, Training.model_validate({"lr": 1e-2, "batch_size": 2, **config})
+    )
     return view, trainer, view.start()
 
 
 def local(trainer: Any, **values: Any) -> Local:
-    return Local(**{"client": 0, "cache": {}, "memory": {}, "turn": 0, "turns": 4, "visit": 0, "seed": 1, "trainer": trainer, **values})
+    return Local(
+        **{
+            "client": 0,
+            "cache": {},
+            "memory": {},
+            "turn": 0,
+            "turns": 4,
+            "visit": 0,
+            "seed": 1,
+            "trainer": trainer,
+            **values,
+        }
+    )
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -103,7 +119,10 @@ def test_clipping_bounds_the_step() -> None:
     assert math.sqrt(sum(float(d.double().square().sum()) for d in delta.values())) == pytest.approx(1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize(("schedule", "rates"), [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.853553, 0.5, 0.146447])])
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.853553, 0.5, 0.146447])],
+)
 def test_rates_across_turns(schedule: str, rates: list[float]) -> None:
     config = Training.model_validate({"lr": 1.0, "schedule": schedule})
     assert [config.rate(t, 4) for t in range(4)] == pytest.approx(rates, abs=1e-6)
@@ -228,7 +247,7 @@ def test_ffa_lora_freezes_a_and_it_is_common_to_all() -> None:
 def test_fedit_error_is_the_covariance_of_the_factors() -> None:
     """mean(B_i A_i) - mean(B_i) mean(A_i) = mean((B_i - B)(A_i - A)), in float64."""
     g = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     A, B, p = draw(5, 2, 7), draw(5, 6, 2), torch.tensor([1.0, 2, 3, 4, 5], dtype=torch.float64) / 15
     mA, mB = torch.einsum("i,irk->rk", p, A), torch.einsum("i,ior->or", p, B)
     from hocket.combine import mean
@@ -301,7 +320,11 @@ def test_classification_trains_and_averages_its_head() -> None:
 
     def batch(chosen: list[Any]) -> dict[str, torch.Tensor]:
         ids = torch.stack([r["ids"] for r in chosen])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([r["label"] for r in chosen])}
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": torch.tensor([r["label"] for r in chosen]),
+        }
 
     trainer = TorchTrainer(view, [rows], batch, Training.model_validate({"lr": 1e-2, "local_steps": 30}))
     me = local(trainer)

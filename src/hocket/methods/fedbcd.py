@@ -30,7 +30,8 @@ from hocket.methods.base import PLAIN, Local, Method, method
 from hocket.tree import generator
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
-ATTENTION = re.compile(r"(?:attn|attention)\.|input_layernorm|\.ln_1\.")  # not post_attention_layernorm: it feeds the MLP
+# post_attention_layernorm is not in it: that norm feeds the MLP
+ATTENTION = re.compile(r"(?:attn|attention)\.|input_layernorm|\.ln_1\.")
 
 
 @method("fedbcd")

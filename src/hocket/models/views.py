@@ -1,7 +1,7 @@
 """Views: which parameters of a model can move, under names that do not depend on wrappers.
 
-`full` is everything, `blocks` the transformer layers (and, if asked, the rest one by one), `lora` the adapters that peft
-adds, and a new classification head. The frozen rest is one copy, shared by all simulated clients.
+`full` is everything, `blocks` the transformer layers (and, if asked, the rest one by one), `lora` the adapters that
+peft adds, and a new classification head. The frozen rest is one copy, shared by all simulated clients.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ McMahan et al. 2017; for s = 1 with blocks it is ParaBlock, whose client compute
     seconds a round with compute C, download D, upload U:
         sync                              C + D + U
         overlap(s), link both ways        max(C, D, U, (C + D + U) / (s + 1))
-        overlap(s), one way at a time     max(C, D + U)                          (the paper's clock; then s >= 1 is enough)
+        overlap(s), one way at a time     max(C, D + U)                          (the paper's clock; s >= 1)
 """
 
 from __future__ import annotations
