@@ -6,8 +6,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from hocket.report.progress import Progress
-
 from hocket import recipe, report, run
 
 HERE = Path(__file__).resolve().parent
@@ -20,7 +18,7 @@ def main() -> None:
     for schedule in ("sync", "overlap"):
         loaded = recipe.load(HERE / "demo.toml", [f"schedule.name={schedule}", f"name=demo-{schedule}", *sys.argv[1:]])
         print(f"\n{loaded.name}: {loaded.method['name']} x {schedule}, {loaded.turns} turns, 4 clients", flush=True)
-        with Progress(loaded.turns) as bar:
+        with report.Progress(loaded.turns) as bar:
             folders.append(run.start(loaded, OUT / schedule, bar.listen))
     sync, overlap = (report.read(f).summary() for f in folders)
     page = report.build(folders, OUT / "compare.html")

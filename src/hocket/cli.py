@@ -71,23 +71,14 @@ def resume(
 def _drive(folder: Path, turns: int, quiet: bool, board: bool, work: Any) -> None:
     """Run `work` under a progress bar; then the report, or how to go on."""
     from hocket import report
-    from hocket.report.progress import Progress
 
     log = report.TensorBoard(folder / "tensorboard") if board else None
-    best: dict[str, float] = {}
-    with Progress(turns, quiet=quiet) as bar:
+    with report.Progress(turns, quiet=quiet) as bar:
 
         def tell(row: dict[str, Any]) -> None:
-            if row["what"] == "step":
-                bar.update(
-                    row["version"], row["t"], row.get("loss"), row["down"] + row["up"], eval_loss=best.get("eval")
-                )
-            elif row["what"] == "eval":
-                best["eval"] = row["loss"]
-            elif row["what"] == "warning":
-                errors.print(row["text"])
-            if log and row["what"] in ("step", "eval"):
-                getattr(log, row["what"])(row)
+            bar.listen(row)
+            if log:
+                log.listen(row)
 
         try:
             work(tell)
@@ -98,8 +89,7 @@ def _drive(folder: Path, turns: int, quiet: bool, board: bool, work: Any) -> Non
             if log:
                 log.close()
     page = report.build([folder], folder / "report.html")
-    summary = report.read(folder).summary()
-    console.print(_headline(summary))
+    console.print(_headline(report.read(folder).summary()))
     console.print(f"report: {page}")
 
 

@@ -40,7 +40,7 @@ def prepare(recipe: Recipe, tokenizer: Any) -> data.Prepared:
     return data.prepare(
         d.source, tokenizer, heldout_source=d.heldout_source, heldout_fraction=d.heldout_fraction,
         task=recipe.model.task, template=d.template, fields=d.fields or None, max_length=d.max_length,
-        packing=d.packing, partition=d.partition, clients=recipe.clients.count, column=d.column, alpha=d.alpha,
+        packing=d.packing, kind=d.partition, clients=recipe.clients.count, column=d.column, alpha=d.alpha,
         clusters=d.clusters, min_rows=d.min_rows, limit=d.limit, heldout_limit=d.heldout_limit,
         packages=d.packages or None, seed=recipe.seed,
     )  # fmt: skip
@@ -101,7 +101,7 @@ class Experiment:
         e = self.recipe.evaluation
         return evaluate.evaluate(
             self.view.model, self.tokenizer, self.data.heldout, self.collate, batch_size=e.batch_size,
-            device=self.view.device, gsm8k=e.gsm8k, gsm8k_limit=e.gsm8k_limit, gsm8k_tokens=e.gsm8k_tokens,
+            device=self.view.device, gsm8k_source=e.gsm8k, gsm8k_limit=e.gsm8k_limit, gsm8k_tokens=e.gsm8k_tokens,
         )  # fmt: skip
 
 

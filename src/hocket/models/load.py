@@ -243,5 +243,7 @@ def _ready(model: Any, tokenizer: Any, device: str | torch.device, checkpointing
     if checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ModelError(f"{at}: {type(model).__name__} has no gradient checkpointing")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # renamed in later releases of transformers
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return Loaded(model.to(device).eval(), tokenizer, at, facts.new, facts.unused)

@@ -1,0 +1,146 @@
+"""Rows as token ids in one flat tensor, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hocket.data.templates import IGNORE, TEXT, Unusable, pick, render
+from hocket.errors import DataError
+
+
+class Encoded(Sequence[dict[str, Any]]):
+    """Encoded rows, stored as flat int32 tensors with offsets (8 bytes a token), read like a list.
+
+    Attributes:
+        offsets: (rows + 1,) where each row starts.
+        ids, labels: (tokens,) flat; `labels` is (rows,) for classification.
+        groups: a partition value for each row, or empty.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], groups: Sequence[str] = ()) -> None:
+        lengths = torch.tensor([0, *(len(r["input_ids"]) for r in rows)])
+        self.offsets = lengths.cumsum(0)
+        self.ids = torch.tensor([t for r in rows for t in r["input_ids"]], dtype=torch.int32)
+        self.whole = bool(rows) and isinstance(rows[0]["labels"], int)  # one label a row
+        flat: Iterable[int] = (r["labels"] for r in rows) if self.whole else (t for r in rows for t in r["labels"])
+        self.labels = torch.tensor(list(flat), dtype=torch.int32)
+        self.groups = list(groups)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        a, b = int(self.offsets[index]), int(self.offsets[index + 1])
+        row: dict[str, Any] = {"input_ids": self.ids[a:b]}
+        row["labels"] = int(self.labels[index]) if self.whole else self.labels[a:b]
+        if self.groups:
+            row["group"] = self.groups[index]
+        return row
+
+    def subset(self, indices: Sequence[int]) -> Encoded:
+        """The rows at `indices`, in that order."""
+        rows = [self[i] for i in indices]
+        plain = [{"input_ids": r["input_ids"].tolist(), "labels": _list(r["labels"])} for r in rows]
+        return Encoded(plain, [self.groups[i] for i in indices] if self.groups else ())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all rows."""
+        return len(self.ids)
+
+
+def encode(
+    dataset: Any, tokenizer: Any, *, task: str = "causal", template: str = "auto", max_length: int = 256,
+    fields: Mapping[str, str] | None = None, packing: bool = False,
+) -> tuple[Encoded, list[int], dict[str, list[int]]]:  # fmt: skip
+    """(encoded rows, their numbers in `dataset`, reason -> numbers of rows that cannot be used).
+
+    With `packing`, rows are joined end to end up to `max_length` and attention is not cut between them; row numbers are
+    then those of the first row in each pack. Raises `DataError` if no row can be used.
+    """
+    out, kept, skipped = [], [], dict[str, list[int]]()
+    for i, row in enumerate(dataset):
+        try:
+            if task == "classification":
+                out.append(_classify(row, tokenizer, max_length, fields or {}))
+            else:
+                out.append(render(row, tokenizer, template, max_length, fields))
+            kept.append(i)
+        except Unusable as reason:
+            skipped.setdefault(str(reason), []).append(i)
+    if not out:
+        reasons = ", ".join(f"{k} ({len(v)})" for k, v in skipped.items())
+        columns = ", ".join(getattr(dataset, "column_names", []))
+        raise DataError(f"no row can be used: {reasons}; columns are {columns}: name them in data.fields")
+    if packing:
+        out, kept = _pack(out, kept, max_length)
+    return Encoded(out), kept, skipped
+
+
+def _classify(row: Mapping[str, Any], tokenizer: Any, max_length: int, fields: Mapping[str, str]) -> dict[str, Any]:
+    """Text or a pair of texts, and its label."""
+    pairs = (
+        ("sentence1", "sentence2"),
+        ("question1", "question2"),
+        ("premise", "hypothesis"),
+        ("question", "sentence"),
+    )
+    if "text" in fields:
+        first, second = pick(row, "text", TEXT, fields), pick(row, "pair", (), fields) if "pair" in fields else ""
+    else:
+        found = next(((a, b) for a, b in pairs if a in row and b in row), None)
+        first, second = (str(row[found[0]]), str(row[found[1]])) if found else (pick(row, "text", TEXT, fields), "")
+    label = row.get(fields.get("label", "label"))
+    if not first:
+        raise Unusable("no text")
+    if not isinstance(label, int) or label < 0:
+        raise Unusable("no label (a whole number from 0)")
+    ids = tokenizer(first, second or None, truncation=True, max_length=max_length)["input_ids"]
+    return {"input_ids": list(ids), "labels": label}
+
+
+def _pack(rows: list[dict[str, Any]], kept: list[int], max_length: int) -> tuple[list[dict[str, Any]], list[int]]:
+    packs: list[dict[str, Any]] = []
+    firsts: list[int] = []
+    for row, number in zip(rows, kept, strict=True):
+        if packs and len(packs[-1]["input_ids"]) + len(row["input_ids"]) <= max_length:
+            packs[-1]["input_ids"] += row["input_ids"]
+            packs[-1]["labels"] += [IGNORE, *row["labels"][1:]]  # the last row does not predict the next one's start
+        else:
+            packs.append({"input_ids": list(row["input_ids"]), "labels": list(row["labels"])})
+            firsts.append(number)
+    return packs, firsts
+
+
+def collate(examples: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
+    """A batch, padded on the right: `input_ids`, `attention_mask` (rows, length) and `labels`, int64.
+
+    `labels` are (rows, length) with -100 on padding, or (rows,) for classification.
+    """
+    longest = max(len(e["input_ids"]) for e in examples)
+    ids = torch.full((len(examples), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros(len(examples), longest, dtype=torch.int64)
+    whole = isinstance(examples[0]["labels"], int)
+    labels = torch.full((len(examples),) if whole else (len(examples), longest), IGNORE, dtype=torch.int64)
+    for i, e in enumerate(examples):
+        n = len(e["input_ids"])
+        ids[i, :n] = torch.as_tensor(e["input_ids"])
+        mask[i, :n] = 1
+        if whole:
+            labels[i] = e["labels"]
+        else:
+            labels[i, :n] = torch.as_tensor(e["labels"])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _list(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value

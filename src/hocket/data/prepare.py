@@ -1,0 +1,102 @@
+"""From a data section to encoded rows for each client and a held-out set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from hocket.data import docstrings
+from hocket.data.encode import Encoded, encode
+from hocket.data.load import load
+from hocket.data.partition import partition, summary
+from hocket.data.templates import ANSWER, CONTEXT, PROMPT, TEXT, pick
+from hocket.errors import DataError
+from hocket.tree import generator
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data, ready for a run.
+
+    Attributes:
+        clients: encoded rows of each client; together every usable row exactly once.
+        heldout: encoded rows that nobody trains on, with their `group` where the set has one.
+        names: what to call each client.
+        skipped: reason -> row numbers that cannot be used, in the source.
+        summary: for each client its rows and most frequent labels.
+    """
+
+    clients: list[Encoded]
+    heldout: Encoded
+    names: list[str]
+    skipped: dict[str, list[int]]
+    summary: list[dict[str, Any]]
+
+    def table(self) -> Table:
+        """The summary, for printing."""
+        table = Table("client", "rows", "tokens", "labels")
+        for row, rows in zip(self.summary, self.clients, strict=True):
+            table.add_row(row["client"], str(row["rows"]), str(rows.tokens), row["labels"])
+        for reason, numbers in sorted(self.skipped.items()):
+            shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+            table.add_row("not used", str(len(numbers)), "", f"{reason}: rows {shown}")
+        return table
+
+
+def prepare(
+    source: str, tokenizer: Any, *, heldout_source: str | None = None, heldout_fraction: float = 0.1,
+    task: str = "causal", template: str = "auto", fields: Mapping[str, str] | None = None, max_length: int = 256,
+    packing: bool = False, kind: str = "iid", clients: int = 4, column: str | None = None, alpha: float = 0.5,
+    clusters: int = 8, min_rows: int = 1, limit: int | None = None, heldout_limit: int | None = None,
+    packages: Sequence[str] | None = None, seed: int = 0,
+) -> Prepared:  # fmt: skip
+    """Load, hold out, encode, drop what cannot be used, then partition what is left.
+
+    The held-out rows are those of `heldout_source`, or the built-in tenth of `docstrings`, or a share drawn by `seed`.
+
+    Raises:
+        DataError: as `load`, `encode` and `partition` do.
+    """
+    if source == "docstrings":
+        column = column or "package"
+        train, held = docstrings.build(packages or None)
+        train = train.select(range(min(limit or len(train), len(train))))
+    else:
+        train = load(source, limit=limit)
+        if heldout_source is not None:
+            held = load(heldout_source, split="test")
+        else:
+            count = max(1, round(heldout_fraction * len(train)))
+            if count >= len(train):
+                raise DataError(f"'{source}' has {len(train)} rows, too few to hold any out; set data.heldout_source")
+            order = torch.randperm(len(train), generator=generator(seed, "heldout")).tolist()
+            train, held = train.select(sorted(order[count:])), train.select(sorted(order[:count]))
+    if heldout_limit is not None and heldout_limit < len(held):
+        order = torch.randperm(len(held), generator=generator(seed, "heldout limit")).tolist()
+        held = held.select(sorted(order[:heldout_limit]))
+    options: dict[str, Any] = {
+        "task": task, "template": template, "max_length": max_length, "fields": fields, "packing": packing
+    }  # fmt: skip
+    rows, kept, skipped = encode(train, tokenizer, **options)
+    usable = train.select(kept)
+    parts, labels = partition(
+        usable, kind, clients, seed, column=column, alpha=alpha, clusters=clusters, min_rows=min_rows,
+        text=lambda r: " ".join(filter(None, (pick(r, "", n, {}) for n in (PROMPT, CONTEXT, TEXT, ANSWER)))),
+    )  # fmt: skip
+    names = [f"client {i}" for i in range(clients)]
+    if kind == "natural":
+        names = [", ".join(dict.fromkeys(labels[i] for i in p)) for p in parts]
+        names = [n if len(n) <= 40 else n[:37] + "..." for n in names]
+    heldout, held_kept, _ = encode(held, tokenizer, **{**options, "packing": False})
+    if column in held.column_names:
+        heldout = Encoded([heldout[i] | {"labels": _plain(heldout[i]["labels"])} for i in range(len(heldout))],
+                          [str(v) for v in held.select(held_kept)[column]])  # fmt: skip
+    return Prepared([rows.subset(p) for p in parts], heldout, names, skipped, summary(parts, labels, names))
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,34 @@
+"""What the global model can do: held-out loss, classification, GSM8K."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hocket.evaluate.generate import generate
+from hocket.evaluate.gsm8k import extract, gsm8k
+from hocket.evaluate.loss import heldout, wilson
+
+__all__ = ["evaluate", "extract", "generate", "gsm8k", "heldout", "wilson"]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Mapping[str, Any]],
+    collate: Callable[[list[Any]], Mapping[str, torch.Tensor]],
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    gsm8k_source: str | None = None,
+    gsm8k_limit: int = 100,
+    gsm8k_tokens: int = 256,
+) -> dict[str, Any]:
+    """All metrics that were asked for, in one flat record (`groups` excepted)."""
+    out = heldout(model, examples, collate, batch_size=batch_size, device=device)
+    if gsm8k_source is not None:
+        more = {"limit": gsm8k_limit, "batch_size": batch_size, "max_new_tokens": gsm8k_tokens}
+        out |= gsm8k(model, tokenizer, gsm8k_source, **more)
+    return out

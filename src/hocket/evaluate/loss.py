@@ -1,0 +1,112 @@
+"""Held-out loss and perplexity, accuracy and F1, each with its n and a 95 % interval.
+
+Interval of the mean loss: with row i having loss sum x_i over m_i label tokens, the ratio R = sum x / sum m has variance
+n / (n - 1) sum (x_i - R m_i)^2 / (sum m)^2 (ratio estimator, rows as clusters). Shares: Wilson, "Probable inference, the
+law of succession, and statistical inference", JASA 22, 1927.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from hocket.models.forward import IGNORE
+
+Z = 1.959963984540054  # 97.5 % of the normal distribution
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share, `hits` of `n`."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = hits / n, Z * Z
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def heldout(
+    model: Any,
+    examples: Sequence[Mapping[str, Any]],
+    collate: Callable[[list[Any]], Mapping[str, torch.Tensor]],
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Loss of the model on rows nobody trained on; the result does not depend on batch size up to rounding.
+
+    Returns:
+        `loss` (nats a label token, or a row), `loss_low`, `loss_high`, `perplexity` (causal), `n` rows, `tokens`; for
+        classification `accuracy` with `accuracy_low`, `accuracy_high`, and `f1` (of class 1, or macro beyond two classes);
+        `groups`, the loss of each group, where rows have one.
+    """
+    order = sorted(range(len(examples)), key=lambda i: (len(examples[i]["input_ids"]), i))  # little padding
+    sums = torch.zeros(len(examples), dtype=torch.float64)
+    counts = torch.zeros(len(examples), dtype=torch.float64)
+    guesses: dict[int, tuple[int, int]] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for at in range(0, len(order), batch_size):
+                chosen = order[at : at + batch_size]
+                batch = {k: v.to(device) for k, v in collate([examples[i] for i in chosen]).items()}
+                found, number, best = _rows(model, batch)
+                sums[chosen], counts[chosen] = found.double().cpu(), number.double().cpu()
+                if best is not None:
+                    pairs = zip(batch["labels"].tolist(), best.tolist(), strict=True)
+                    guesses |= dict(zip(chosen, pairs, strict=True))
+    finally:
+        model.train(was_training)
+    low, mean, high = _ratio(sums, counts)
+    out: dict[str, Any] = {"loss": mean, "loss_low": low, "loss_high": high, "n": len(examples)}
+    if guesses:
+        out |= _shares([guesses[i] for i in range(len(examples))])
+    else:
+        out |= {"perplexity": math.exp(mean) if mean < 700 else math.inf, "tokens": int(counts.sum())}
+    groups = [e.get("group") for e in examples]
+    if any(groups):
+        at_group = {g: [i for i, x in enumerate(groups) if x == g] for g in sorted({str(g) for g in groups if g})}
+        out["groups"] = {g: float(sums[i].sum() / counts[i].sum()) for g, i in at_group.items() if i}
+    return out
+
+
+def _rows(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(summed loss, label count, best class) of each row."""
+    labels = batch["labels"]
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    logits = model(**inputs).logits.float()
+    if labels.ndim == 1:
+        return functional.cross_entropy(logits, labels, reduction="none"), torch.ones(len(labels)), logits.argmax(-1)
+    target = labels[:, 1:]
+    each = functional.cross_entropy(logits[:, :-1].transpose(1, 2), target, ignore_index=IGNORE, reduction="none")
+    return each.sum(1), (target != IGNORE).sum(1), None
+
+
+def _ratio(sums: torch.Tensor, counts: torch.Tensor) -> tuple[float, float, float]:
+    """Lower end, estimate and upper end of sum(sums) / sum(counts)."""
+    n, total = len(sums), float(counts.sum())
+    mean = float(sums.sum()) / total if total else math.nan
+    if n < 2:
+        return math.nan, mean, math.nan
+    spread = math.sqrt(n / (n - 1) * float(((sums - mean * counts) ** 2).sum())) / total
+    return mean - Z * spread, mean, mean + Z * spread
+
+
+def _shares(pairs: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """Accuracy and F1 from (label, guess) pairs."""
+    hits = sum(a == b for a, b in pairs)
+    low, high = wilson(hits, len(pairs))
+
+    def f1(c: int) -> float:
+        both = sum(a == c == b for a, b in pairs)
+        wrong = sum((a == c) != (b == c) for a, b in pairs)
+        return 2 * both / (2 * both + wrong) if both + wrong else 0.0
+
+    classes = sorted({x for p in pairs for x in p})
+    f = f1(1) if set(classes) <= {0, 1} else sum(map(f1, classes)) / len(classes)
+    return {"accuracy": hits / len(pairs), "accuracy_low": low, "accuracy_high": high, "f1": f}

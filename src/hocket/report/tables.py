@@ -1,0 +1,129 @@
+"""A run folder read back: records, and the plain summaries that pages, the command line and benchmarks share."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hocket.errors import StoreError
+
+LANES = ("down", "compute", "up")
+
+
+@dataclass
+class Run:
+    """One run's records, in the order of its ledger.
+
+    Attributes:
+        steps, evals, lost: records of those kinds.
+        lanes: (client, lane, start, end, turn, bytes) of the first `keep` uses of lanes.
+        clients: for each client sums over all its lane uses: jobs, seconds and bytes a lane, train loss, losses.
+        seconds: virtual time of the last record.
+    """
+
+    path: Path
+    recipe: dict[str, Any]
+    manifest: dict[str, Any]
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    lost: list[dict[str, Any]] = field(default_factory=list)
+    lanes: list[tuple[int, str, float, float, int, int]] = field(default_factory=list)
+    clients: dict[int, dict[str, float]] = field(default_factory=dict)
+    uses: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+    def summary(self) -> dict[str, Any]:
+        """Headline numbers; losses are None if nothing was evaluated."""
+        first, last = (self.evals[0], self.evals[-1]) if self.evals else ({}, {})
+        total = {lane: sum(c[f"{lane}_bytes"] for c in self.clients.values()) for lane in ("down", "up")}
+        return {
+            "name": self.manifest.get("name", self.path.name),
+            "start_loss": first.get("loss"),
+            "final_loss": last.get("loss"),
+            "perplexity": last.get("perplexity"),
+            "accuracy": last.get("accuracy"),
+            "gsm8k": last.get("gsm8k"),
+            "virtual_seconds": self.seconds,
+            "down_bytes": int(total["down"]),
+            "up_bytes": int(total["up"]),
+            "versions": self.steps[-1]["version"] if self.steps else 0,
+            "updates": sum(s["updates"] for s in self.steps),
+            "lost": len(self.lost),
+            "busy": {c: v["compute"] / self.seconds if self.seconds else 0.0 for c, v in sorted(self.clients.items())},
+            "finished": self.finished,
+        }
+
+    def reached(self, loss: float) -> float | None:
+        """Virtual seconds until held-out loss was first at most `loss`; None if it never was."""
+        return next((e["t"] for e in self.evals if e["loss"] <= loss), None)
+
+    def curve(self, x: str) -> list[tuple[float, float]]:
+        """(x, held-out loss) points; x is "version", "t" or "bytes" (cumulative, both directions)."""
+        moved = {0: 0.0} | {s["version"]: float(s["down"] + s["up"]) for s in self.steps}
+        return [(moved.get(e["version"], 0.0) if x == "bytes" else float(e[x]), e["loss"]) for e in self.evals]
+
+
+def read(path: Path, keep: int = 4000) -> Run:
+    """Read a run, also one that is still being written (a last line that is not whole is left out).
+
+    Raises:
+        StoreError: not a run folder; the message names the missing or damaged file.
+    """
+    ledger = path / "ledger.jsonl"
+    for need in (path / "recipe.toml", path / "manifest.json", ledger):
+        if not need.exists():
+            raise StoreError(f"'{path}' is no run folder: {need.name} is missing")
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        recipe = tomllib.loads((path / "recipe.toml").read_text())
+    except ValueError as error:
+        raise StoreError(f"'{path}': manifest.json or recipe.toml cannot be read: {error}") from error
+    run = Run(path, recipe, manifest)
+    blank = {"jobs": 0, "loss": 0.0, "lost": 0, "last": 0.0, **dict.fromkeys(LANES, 0.0), "down_bytes": 0, "up_bytes": 0}
+    with ledger.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                break  # still being written
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise StoreError(f"'{ledger}', line {number}: not JSON: {error}") from error
+            _take(run, row, blank, keep)
+    return run
+
+
+def _take(run: Run, row: dict[str, Any], blank: dict[str, float], keep: int) -> None:
+    what = row["what"]
+    run.seconds = max(run.seconds, row.get("t", 0.0))
+    if what in LANES:
+        run.uses += 1
+        c = run.clients.setdefault(row["client"], dict(blank))
+        c[what] += row["end"] - row["start"]
+        if what == "compute":
+            c["jobs"] += 1
+            c["loss"] += row.get("loss", 0.0)
+        else:
+            c[f"{what}_bytes"] += row["bytes"]
+        if len(run.lanes) < keep:
+            run.lanes.append((row["client"], what, row["start"], row["end"], row["turn"], row["bytes"]))
+    elif what == "lost":
+        run.lost.append(row)
+        run.clients.setdefault(row["client"], dict(blank))["lost"] += 1
+    elif what == "step":
+        run.steps.append(row)
+    elif what == "eval":
+        run.evals.append(row)
+    elif what == "end":
+        run.finished = True
+
+
+def thin(points: list[Any], most: int = 2000) -> list[Any]:
+    """At most `most` points, evenly spread, the last one kept."""
+    if len(points) <= most:
+        return points
+    stride = len(points) / (most - 1)
+    return [points[int(i * stride)] for i in range(most - 1)] + [points[-1]]
