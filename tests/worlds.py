@@ -164,3 +164,33 @@ def language(
 def job(**values: Any) -> Job:
     """A job with defaults."""
     return Job(**{"id": 0, "client": 0, "version": 0, "turn": 0, **values})
+
+
+def run_folder(path: Any, sched: str, name: str | None = None) -> Any:
+    """A run folder made by a real simulation of a tiny language model: recipe, manifest, ledger."""
+    import json
+
+    from hocket.ledger import Ledger
+
+    path.mkdir(parents=True)
+    w = language(sched=sched, meth="fedbcd", layers=4, turns=5)
+    sim, view = w.simulation, w.trainer.view
+    sim.ledger = Ledger(path / "ledger.jsonl")
+
+    def evaluate(params: Tree) -> dict[str, Any]:
+        view.place(params)
+        rows = [t for c in range(3) for t in tokens(c + 20, 4)]
+        total, count = w.trainer._loss(view.model, collate(rows))
+        return {"loss": float(total.detach()) / count, "perplexity": 2.0}
+
+    sim.evaluate, sim.due = evaluate, 0
+    sim.run()
+    sim.ledger.close()
+    (path / "recipe.toml").write_text(f'name = "{sched}"\n')
+    clients = [
+        {"id": i, "name": f"site {i}", "rows": 3 + i, "step_seconds": d.step_seconds, "down_mb_s": d.down_mb_s, "up_mb_s": d.up_mb_s}
+        for i, d in enumerate(sim.devices)
+    ]
+    manifest = {"name": name or sched, "method": "fedbcd", "schedule": sched, "codec": "raw", "model": "tiny:llama", "clients": clients}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import http.server
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import zipfile
 from pathlib import Path
 
@@ -416,3 +418,71 @@ def test_human() -> None:
     assert [files.human(n) for n in (7, 999, 1000, 92_871_040, 238_203_400, 999_999_999, 5e12)] == [
         *("7 B", "999 B", "1 kB", "92.9 MB", "238 MB", "1 GB", "5000 GB")
     ]
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The two questions that a model hub's client asks: what is in a repository, and the bytes of a file."""
+
+    folder: Path
+    commit = "0" * 39 + "1"
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        if path.startswith("/api/models/nobody/none"):
+            names = sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
+            siblings = [{"rfilename": n} for n in names]
+            tree = [{"type": "file", "path": n, "size": (self.folder / n).stat().st_size, "oid": "0" * 40} for n in names]
+            info = {"_id": "1", "id": "nobody/none", "sha": self.commit, "siblings": siblings, "private": False}
+            self.answer(json.dumps(tree if "/tree/" in path else info).encode())
+        elif "/nobody/none/resolve/" in path and (self.folder / path.rsplit("/", 1)[1]).is_file():
+            self.answer((self.folder / path.rsplit("/", 1)[1]).read_bytes())
+        else:
+            self.send_error(404)
+
+    def answer(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.commit)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+HUB_SCRIPT = SCRIPT.replace("print(hub.pull", "from hocket.models import load; print(load('nobody/none').source); print(hub.pull")
+
+
+def test_hub_is_the_other_source(toy: Known, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"a pickle that nobody wants")
+    handler = type("Handler", (Hub,), {"folder": tmp_path / "m"})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (shelf / toy.wheels[0].file).unlink()  # the index cannot serve it
+    # the client reads its settings when it is imported, so it needs a process of its own
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    try:
+        p = subprocess.run(
+            [sys.executable, "-c", HUB_SCRIPT, json.dumps(dataclasses.asdict(toy))], capture_output=True, text=True, timeout=120
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert p.returncode == 0, p.stderr
+    assert p.stdout.splitlines()[0] == "nobody/none"
+    assert "Trying the model hub instead: nobody/none" in p.stderr  # not silently
+    path = hub.cache_dir() / "toy"
+    manifest = json.loads((path / "hocket.json").read_text())
+    assert (manifest["source"], manifest["wheels"]) == ("hub", [])
+    assert "pytorch_model.bin" not in manifest["files"]
+    assert (path / "model.safetensors").read_bytes() == (tmp_path / "m" / "model.safetensors").read_bytes()
+    assert files.damage(path, hashes=True) is None
+    assert litter() == []

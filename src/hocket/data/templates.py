@@ -45,7 +45,8 @@ def render(
     """Token ids of a row and their labels: -100 on the prompt, so that the loss is on the answer alone.
 
     Prompt and answer are tokenized apart and joined, so the prompt's tokens are a prefix whatever the tokenizer would
-    do across the boundary. A row that has only text (`plain`) is learned as a whole. What is too long is cut on the right.
+    do across the boundary. A row that has only text (`plain`) is learned as a whole. What is too long is cut on
+    the right.
 
     Args:
         template: `auto` (the tokenizer's chat template if it has one, else `alpaca`), `chat`, `alpaca`, `plain`.

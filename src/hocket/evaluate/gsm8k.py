@@ -1,8 +1,8 @@
 """GSM8K: grade-school problems, scored by exact match of the final number.
 
-Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021, https://arxiv.org/abs/2110.14168. The answer is the
-number after `####`, else the one in `\\boxed{}`, else the last number in the text. Numbers are compared as numbers: commas,
-currency and percent signs and trailing dots do not count, fractions are exact.
+Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021, https://arxiv.org/abs/2110.14168. The answer is
+the number after `####`, else the one in `\\boxed{}`, else the last number in the text. Numbers are compared as numbers:
+commas, currency and percent signs and trailing dots do not count, fractions are exact.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def gsm8k(
         limit: problems scored, from the beginning.
 
     Returns:
-        `gsm8k` (share solved), `gsm8k_low`, `gsm8k_high` (95 %), `gsm8k_n`, `gsm8k_numbers` (share of answers that hold a
-        number at all).
+        `gsm8k` (share solved), `gsm8k_low`, `gsm8k_high` (95 %), `gsm8k_n`, `gsm8k_numbers` (share of answers that
+        hold a number at all).
     """
     rows = load(source, split="test", limit=limit)
     if not {"question", "answer"} <= set(rows.column_names):

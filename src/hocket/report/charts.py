@@ -63,7 +63,7 @@ def lanes(run: Run, until: float) -> go.Figure:
     ticks = [rows[c, "compute"] for c in clients]
     figure.update_layout(**_layout(90 + 58 * len(clients), barmode="overlay", bargap=0))
     figure.update_yaxes(tickvals=ticks, ticktext=[str(names.get(c, c)) for c in clients], autorange="reversed")
-    figure.update_yaxes(showgrid=False, automargin=True)
+    figure.update_yaxes(showgrid=False, zeroline=False, automargin=True)
     figure.update_xaxes(title="virtual time, s", range=[0, until])
     return figure
 

@@ -51,7 +51,10 @@ def build(runs: list[Path], out: Path) -> Path:
     if not runs:
         raise StoreError("no run given; name at least one run folder")
     loaded = [read(r) for r in runs]
-    names = " and ".join(r.summary()["name"] for r in loaded)
+    if len({r.label for r in loaded}) < len(loaded):  # runs of one name are told apart by their folders
+        for run in loaded:
+            run.label = f"{run.label} ({run.path.name})"
+    names = " and ".join(r.label for r in loaded)
     figures: list[str] = []
     body = _several(loaded, figures) if len(loaded) > 1 else _one(loaded[0])
     body += _charts(loaded, figures)
@@ -150,8 +153,8 @@ def _charts(runs: list[Run], figures: list[str]) -> str:
 
 def _place(figure: go.Figure, key: str, label: str, figures: list[str]) -> str:
     spec = figure.to_plotly_json()
-    data = json.dumps([spec["data"], spec["layout"]], default=_plain).replace("</", "<\\/")
-    figures.append(f"(f=>Plotly.newPlot('{key}',f[0],f[1],{{responsive:true,displaylogo:false}}))({data});")
+    data = json.dumps([spec["data"], spec["layout"]], default=_plain).replace("<", "\\u003c")
+    figures.append(f"(f=>Plotly.newPlot('{key}',f[0],f[1],{{responsive:true,displayModeBar:false}}))({data});")
     return f"<div id='{key}' role='img' aria-label=\"{escape(label, quote=True)}\"></div>"
 
 

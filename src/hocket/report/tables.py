@@ -22,6 +22,7 @@ class Run:
         lanes: (client, lane, start, end, turn, bytes) of the first `keep` uses of lanes.
         clients: for each client sums over all its lane uses: jobs, seconds and bytes a lane, train loss, losses.
         seconds: virtual time of the last record.
+        label: what to call it.
     """
 
     path: Path
@@ -35,13 +36,14 @@ class Run:
     uses: int = 0
     seconds: float = 0.0
     finished: bool = False
+    label: str = ""
 
     def summary(self) -> dict[str, Any]:
         """Headline numbers; losses are None if nothing was evaluated."""
         first, last = (self.evals[0], self.evals[-1]) if self.evals else ({}, {})
         total = {lane: sum(c[f"{lane}_bytes"] for c in self.clients.values()) for lane in ("down", "up")}
         return {
-            "name": self.manifest.get("name", self.path.name),
+            "name": self.label,
             "start_loss": first.get("loss"),
             "final_loss": last.get("loss"),
             "perplexity": last.get("perplexity"),
@@ -82,8 +84,8 @@ def read(path: Path, keep: int = 4000) -> Run:
         recipe = tomllib.loads((path / "recipe.toml").read_text())
     except ValueError as error:
         raise StoreError(f"'{path}': manifest.json or recipe.toml cannot be read: {error}") from error
-    run = Run(path, recipe, manifest)
-    blank = {"jobs": 0, "loss": 0.0, "lost": 0, "last": 0.0, **dict.fromkeys(LANES, 0.0), "down_bytes": 0, "up_bytes": 0}
+    run = Run(path, recipe, manifest, label=manifest.get("name", path.name))
+    blank = {"jobs": 0, "loss": 0.0, "lost": 0, "down_bytes": 0, "up_bytes": 0, **dict.fromkeys(LANES, 0.0)}
     with ledger.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
