@@ -173,7 +173,7 @@ def _memory(recipe: Recipe, method: Method, view: views.View, ahead: int, feedba
         trained = {k: n for k, n in sizes.items() if only(k)}
         found = [int(m[1]) for k in trained if (m := LAYER.search(k))]
         lowest = min(found) / layers if len(found) == len(trained) else 0.0
-        need = memory.estimate(view.total, trained, recipe.training, config, tokens, ahead, feedback, lowest)
+        need = memory.estimate(view.total, trained, recipe.training.slots, config, tokens, ahead, feedback, lowest)
         worst = need if worst is None or need.total > worst.total else worst
     assert worst is not None  # a recipe has at least one turn
     return worst

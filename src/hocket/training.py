@@ -52,6 +52,11 @@ class Training(BaseModel):
             return self.local_steps
         return max(1, math.ceil(self.local_epochs * rows / (self.batch_size * self.accumulation)))
 
+    @property
+    def slots(self) -> int:
+        """Numbers the optimizer keeps for each number that trains."""
+        return 2 if self.optimizer == "adamw" else int(self.momentum > 0)
+
     def rate(self, turn: int, turns: int) -> float:
         """Local rate at `turn` of `turns`."""
         x = turn / max(turns, 1)

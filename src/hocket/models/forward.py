@@ -20,26 +20,31 @@ def loss_sum(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         model: a transformers model, causal or sequence classification, possibly wrapped by peft.
         batch: `input_ids`, `attention_mask` of shape (rows, length); `labels` of the same shape with -100 where nothing
             is predicted, or of shape (rows,) for classification.
+    """
+    logits, target = predictions(model, batch)
+    loss = functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(), target.reshape(-1), ignore_index=IGNORE, reduction="sum"
+    )
+    return loss, int((target != IGNORE).sum())
 
+
+def predictions(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(logits, labels) of a batch, aligned: the logits at a position predict the label at the same position.
+
+    Shapes (rows, positions, vocabulary) and (rows, positions), or (rows, classes) and (rows,) for classification.
     Logits are computed only from the first labelled position on: with a long prompt, a vocabulary of 49,152 and four
     rows of 256 tokens the full logits alone are 200 MB.
     """
     labels = batch["labels"]
     inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
     if labels.ndim == 1:
-        logits = model(**inputs).logits
-        return functional.cross_entropy(logits.float(), labels, reduction="sum"), len(labels)
+        return model(**inputs).logits, labels
     length = labels.shape[1]
     used = (labels[:, 1:] != IGNORE).any(0).nonzero()
     first = int(used[0]) if len(used) else length - 2  # position whose output predicts the first label
     keep = length - first
     extra = {"logits_to_keep": keep} if keep < length and _keeps(model) else {}
-    logits = model(**inputs, **extra).logits[:, -keep:-1]
-    target = labels[:, first + 1 :]
-    loss = functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), target.reshape(-1), ignore_index=IGNORE, reduction="sum"
-    )
-    return loss, int((target != IGNORE).sum())
+    return model(**inputs, **extra).logits[:, -keep:-1], labels[:, first + 1 :]
 
 
 def _keeps(model: Any) -> bool:

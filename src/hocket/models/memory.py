@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hocket.training import Training
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -38,14 +36,14 @@ class Memory:
 
 
 def estimate(
-    total: int, trained: Mapping[str, int], training: Training, config: Any, tokens: int, ahead: int, feedback: bool,
+    total: int, trained: Mapping[str, int], slots: int, config: Any, tokens: int, ahead: int, feedback: bool,
     lowest: float = 0.0,
 ) -> Memory:  # fmt: skip
     """Memory of a client that trains the tensors of `trained` (name to elements) at once.
 
     Args:
         total: elements of the model.
-        training: optimizer and batch.
+        slots: numbers the optimizer keeps for each that trains (AdamW 2, momentum 1, plain SGD 0).
         config: the model's configuration; hidden_size, num_hidden_layers and vocab_size are used where present.
         tokens: tokens in one forward pass (rows x length).
         ahead: turns a client may be ahead.
@@ -53,7 +51,6 @@ def estimate(
         lowest: lowest trained layer as a share of all layers; below it nothing is kept for the backward pass.
     """
     n = sum(trained.values())
-    slots = {"adamw": 2, "sgd": 1 if training.momentum else 0}[training.optimizer]
     hidden, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
     vocab, inner = getattr(config, "vocab_size", 0), getattr(config, "intermediate_size", None) or 4 * hidden
     # kept for the backward pass per token and layer: about 8 hidden vectors and 3 of the MLP's inner width;
