@@ -29,9 +29,8 @@ def picture(runs: list[report.Run]) -> str:
         y += 10
         for client, name in names.items():
             body.append(f"<text x='{LEFT - 8}' y='{y + 2 * LANE}' text-anchor='end'>{name}</text>")
-            body.append(
-                f"<rect x='{LEFT}' y='{y}' width='{until * scale:.1f}' height='{3 * LANE}' fill='#808080' opacity='.12'/>"
-            )
+            size = f"width='{until * scale:.1f}' height='{3 * LANE}'"
+            body.append(f"<rect x='{LEFT}' y='{y}' {size} fill='#808080' opacity='.12'/>")
             for c, lane, start, end, _, _ in run.lanes:
                 if c == client and end > start:
                     top = y + list(COLOURS).index(lane) * LANE
@@ -61,8 +60,9 @@ def main() -> None:
         result["runs"][run.manifest["schedule"]] = {
             "start_loss": round(s["start_loss"], 4), "final_loss": round(s["final_loss"], 4),
             "final_interval": [round(last["loss_low"], 4), round(last["loss_high"], 4)], "heldout_rows": last["n"],
-            "virtual_seconds": round(s["virtual_seconds"], 1), "megabytes": round((s["up_bytes"] + s["down_bytes"]) / 1e6, 1),
-            "computing": {k: round(v, 3) for k, v in s["busy"].items()}, "wall_seconds": run.manifest["wall_seconds"],
+            "virtual_seconds": round(s["virtual_seconds"], 1), "wall_seconds": run.manifest["wall_seconds"],
+            "megabytes": round((s["up_bytes"] + s["down_bytes"]) / 1e6, 1),
+            "computing": {k: round(v, 3) for k, v in s["busy"].items()},
         }  # fmt: skip
     a, b = result["runs"]["sync"], result["runs"]["overlap"]
     result["virtual_time_ratio"] = round(b["virtual_seconds"] / a["virtual_seconds"], 3)

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 UPDATES = 100_000
@@ -14,7 +15,7 @@ UPDATES = 100_000
 
 def resident() -> float:
     """Megabytes of this process in memory now."""
-    pages = int(open("/proc/self/statm").read().split()[1])
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 1e6
 
 

@@ -35,9 +35,8 @@ def main() -> None:
             f"virtual time {s['virtual_seconds']:7.1f} s   {moved:7.1f} MB"
         )
     ratio = overlap["virtual_seconds"] / sync["virtual_seconds"]
-    print(
-        f"the same updates in {ratio:.2f} of the time; losses differ by {overlap['final_loss'] - sync['final_loss']:+.4f}"
-    )
+    apart = overlap["final_loss"] - sync["final_loss"]
+    print(f"the same updates in {ratio:.2f} of the time; the final losses differ by {apart:+.4f}")
     print(f"report: {page}")
 
 

@@ -48,7 +48,13 @@ def run(
 
     loaded = recipes.load(recipe, sets or ())
     folder = out or Path("runs") / f"{loaded.name}-{loaded.hash[:8]}"
-    _drive(folder, loaded.turns, quiet, loaded.engine.tensorboard, lambda tell: runs.start(loaded, folder, tell))
+    _drive(
+        folder,
+        loaded.turns,
+        quiet,
+        loaded.engine.tensorboard,
+        lambda tell, stop: runs.start(loaded, folder, tell, stop),
+    )
 
 
 @app.command()
@@ -65,13 +71,15 @@ def resume(
         raise HocketError(f"'{run}' holds no run: recipe.toml is missing; use `hocket run RECIPE --out {run}`")
     loaded = recipes.load(run / "recipe.toml")
     board = loaded.engine.tensorboard
-    _drive(run, loaded.turns, quiet, board, lambda tell: runs.resume(run, tell, workers=workers))
+    _drive(run, loaded.turns, quiet, board, lambda tell, stop: runs.resume(run, tell, stop, workers))
 
 
 def _drive(folder: Path, turns: int, quiet: bool, board: bool, work: Any) -> None:
     """Run `work` under a progress bar; then the report, or how to go on."""
     from hocket import report
+    from hocket.run import Stop
 
+    stop = Stop()
     log = report.TensorBoard(folder / "tensorboard") if board else None
     with report.Progress(turns, quiet=quiet) as bar:
 
@@ -81,22 +89,34 @@ def _drive(folder: Path, turns: int, quiet: bool, board: bool, work: Any) -> Non
                 log.listen(row)
 
         try:
-            work(tell)
+            work(tell, stop)
         except Interrupted:
             errors.print(f"stopped; go on with: hocket resume {folder}")
-            raise typer.Exit(130) from None
+            raise typer.Exit(128 + (stop.signal or 2)) from None
         finally:
             if log:
                 log.close()
     page = report.build([folder], folder / "report.html")
-    console.print(_headline(report.read(folder).summary()))
+    console.print(_headline(report.read(folder)))
     console.print(f"report: {page}")
 
 
-def _headline(s: dict[str, Any]) -> str:
+def _headline(run: Any) -> str:
+    """A run's results in a few lines, each share or loss with its n and 95 % interval."""
+    s, lines = run.summary(), []
+    last = run.evals[-1] if run.evals else {}
+    if last:
+        shown = (
+            f" (n = {last['n']}, 95 % {last['loss_low']:.4f} to {last['loss_high']:.4f})" if "loss_low" in last else ""
+        )
+        lines.append(f"held-out loss {s['start_loss']:.4f} -> {s['final_loss']:.4f}{shown}")
+    for key, n in (("accuracy", "n"), ("gsm8k", "gsm8k_n")):
+        if key in last:
+            low, high = last[f"{key}_low"], last[f"{key}_high"]
+            lines.append(f"{key} {last[key]:.1%} (n = {last[n]}, 95 % {low:.1%} to {high:.1%})")
     moved = (s["up_bytes"] + s["down_bytes"]) / 1e6
-    loss = f"held-out loss {s['start_loss']:.4f} -> {s['final_loss']:.4f}, " if s.get("final_loss") is not None else ""
-    return f"{loss}virtual time {s['virtual_seconds']:.1f} s, {moved:.1f} MB moved, {s['lost']} jobs lost"
+    lines.append(f"virtual time {s['virtual_seconds']:.1f} s, {moved:.1f} MB moved, {s['lost']} jobs lost")
+    return "\n".join(lines)
 
 
 @app.command()
@@ -193,11 +213,12 @@ def report_command(
     page = report.build(runs, out or runs[0] / ("report.html" if len(runs) == 1 else "compare.html"))
     first = None
     for path in runs:
-        s = report.read(path).summary()
+        found = report.read(path)
+        s = found.summary()
         first = first or s
         ratio = s["virtual_seconds"] / first["virtual_seconds"] if first["virtual_seconds"] else float("nan")
         more = f", {ratio:.2f} x the time of {runs[0].name}" if path != runs[0] else ""
-        console.print(f"{path.name}: {_headline(s)}{more}")
+        console.print(f"[bold]{path.name}[/]\n{_headline(found)}{more}")
     console.print(f"report: {page}")
 
 

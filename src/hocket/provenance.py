@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def git_hash() -> str | None:
-    """Commit of the source tree this package runs from (with `+` if changed), or None if it is not one."""
+    """Commit of the source tree this package runs from (with `+` if the package differs from it), or None if it is not one."""
     here = Path(__file__).resolve().parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
         dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10
+            ["git", "status", "--porcelain", "-uno", "--", "."], cwd=here, capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.SubprocessError):
         return None

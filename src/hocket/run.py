@@ -106,6 +106,8 @@ def _go(recipe: Recipe, folder: store.RunFolder, listener: Listener | None, stop
             raise Interrupted
         before = _wall(folder)
         _write_manifest(folder, experiment, before)
+        if listener:
+            listener({"what": "data", "table": experiment.data.table()})
         ledger = Ledger(folder.ledger, saved["engine"]["ledger"]["position"] if saved else 0, listener)
         executor = _executor(experiment, stop)
         try:

@@ -73,7 +73,7 @@ def test_workers_and_a_second_run_give_the_same_bits(recipe: Path, tmp_path: Pat
     assert (tmp_path / "a" / "ledger.jsonl").read_bytes() == (tmp_path / "b" / "ledger.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_stopped_run_resumes_to_the_same_bits(recipe: Path, tmp_path: Path, number: int, code: int) -> None:
     sets = ["--set", "turns=40", "--set", "evaluation.every=40"]
     hocket("run", recipe, "--out", tmp_path / "whole", "-q", *sets)

@@ -102,6 +102,7 @@ def _lora(model: Any, method: Any, task: str, seed: int) -> View:
     )
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft asks for it
             warnings.filterwarnings(
                 "ignore", message="fan_in_fan_out is set to"
             )  # mixed Conv1D and Linear: peft mends it

@@ -9,21 +9,20 @@ from hocket.errors import need
 
 
 class TensorBoard:
-    """Writes a run's steps and evaluations; x is the version.
+    """Writes a run's steps and evaluations; x is the version. A resumed run writes the same points again.
 
     Args:
         folder: event files go here.
-        after: when a run is resumed, the version of its checkpoint: later points of the run before are hidden.
 
     Raises:
         HocketError: tensorboard is not installed.
     """
 
-    def __init__(self, folder: Path, after: int = 0) -> None:
+    def __init__(self, folder: Path) -> None:
         need("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=after + 1 if after else None)
+        self._writer = SummaryWriter(str(folder))
 
     def listen(self, row: dict[str, Any]) -> None:
         """Take a ledger record; all but `step` and `eval` are passed over."""

@@ -99,6 +99,7 @@ def _one(run: Run) -> str:
         ("up", size(s["up_bytes"])),
         ("turns · updates", f"{s['versions']} · {s['updates']}"),
         ("jobs lost", str(s["lost"])),
+        *([("steps skipped, not finite", str(s["skipped"]))] if s["skipped"] else []),
     ]
     for key in ("accuracy", "gsm8k"):
         if s[key] is not None:

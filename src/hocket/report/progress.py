@@ -54,13 +54,13 @@ class Progress:
         self._bar.stop()
 
     def listen(self, row: dict[str, Any]) -> None:
-        """Take a ledger record; other kinds than `step`, `eval` and `warning` are passed over."""
+        """Take a ledger record; and what a run says before: `data` (a table) and `warning`."""
         if row["what"] == "eval":
             self._eval = row["loss"]
             if not self._live and not self.quiet:
                 self._console.print(f"  turn {row['version']}: held-out loss {row['loss']:.4f}")
-        elif row["what"] == "warning":
-            self._console.print(row["text"])
+        elif row["what"] in ("warning", "data") and not self.quiet:
+            self._console.print(row.get("text") or row["table"])
         elif row["what"] == "step":
             self._show(row)
 

@@ -55,6 +55,7 @@ class Run:
             "versions": self.steps[-1]["version"] if self.steps else 0,
             "updates": sum(s["updates"] for s in self.steps),
             "lost": len(self.lost),
+            "skipped": int(sum(c["skipped"] for c in self.clients.values())),
             "busy": {c: v["compute"] / self.seconds if self.seconds else 0.0 for c, v in sorted(self.clients.items())},
             "finished": self.finished,
         }
@@ -85,7 +86,15 @@ def read(path: Path, keep: int = 4000) -> Run:
     except ValueError as error:
         raise StoreError(f"'{path}': manifest.json or recipe.toml cannot be read: {error}") from error
     run = Run(path, recipe, manifest, label=manifest.get("name", path.name))
-    blank = {"jobs": 0, "loss": 0.0, "lost": 0, "down_bytes": 0, "up_bytes": 0, **dict.fromkeys(LANES, 0.0)}
+    blank = {
+        "jobs": 0,
+        "loss": 0.0,
+        "lost": 0,
+        "skipped": 0,
+        "down_bytes": 0,
+        "up_bytes": 0,
+        **dict.fromkeys(LANES, 0.0),
+    }
     with ledger.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
@@ -108,6 +117,7 @@ def _take(run: Run, row: dict[str, Any], blank: dict[str, float], keep: int) -> 
         if what == "compute":
             c["jobs"] += 1
             c["loss"] += row.get("loss", 0.0)
+            c["skipped"] += row.get("skipped", 0)
         else:
             c[f"{what}_bytes"] += row["bytes"]
         if len(run.lanes) < keep:
