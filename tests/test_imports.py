@@ -56,7 +56,7 @@ def test_no_cycle_between_modules_or_packages() -> None:
     graph = {m: {i for i in imports(p) if i in known and i != m and not i.startswith(f"{m}.")} for m, p in known.items()}
     inside = {m: {i for i in deps if not m.startswith(f"{i}.")} for m, deps in graph.items()}
     assert acyclic(inside) == []
-    unit = lambda m: m.split(".")[1] if "." in m else m  # noqa: E731
+    unit = lambda m: m.split(".")[1] if "." in m else m
     packages: dict[str, set[str]] = {}
     for m, deps in graph.items():
         packages.setdefault(unit(m), set()).update(unit(d) for d in deps if d != "hocket" and unit(d) != unit(m))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hocket.codecs import Codec
-from hocket.errors import WireError
 from hocket.methods import Job, Local, Method
 from hocket.methods.base import Trainer
 from hocket.tree import Tree
@@ -87,13 +86,3 @@ def work(
         keep |= {f"own/{job.turn}/{k}": sent[k] for k in sent}
     weight = {"examples": local.metrics.get("examples", 1.0), "rows": float(rows), "uniform": 1.0}[setting.weighting]
     return Result(blob, keep, weight, local.metrics)
-
-
-def apply(cache: Tree, held: int, job: Job) -> Tree:
-    """The cache after a download. Raises `WireError` if the diff is against a version this client does not hold."""
-    if job.since is not None and job.since > held:
-        raise WireError(
-            f"job {job.id} ships the changes since version {job.since}, this client holds version {held}; "
-            f"report the job lost, and the server will send more"
-        )
-    return cache | job.payload

@@ -29,15 +29,14 @@ class Task:
 
     job: Job
     view: Tree
-    memory: bytes | None
+    memory: wire.Packet | None  # read when the job runs, so that waiting jobs hold none of it
     rows: int
     traits: Mapping[str, Any] = field(default_factory=dict)
 
 
 def perform(setting: Setting, task: Task) -> Result:
     """Do the task's job."""
-    memory = wire.unpack(task.memory) if task.memory else {}
-    return work(setting, task.job, task.view, memory, task.rows, task.traits)
+    return work(setting, task.job, task.view, dict(task.memory or {}), task.rows, task.traits)
 
 
 class Executor(Protocol):

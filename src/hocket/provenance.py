@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def git_hash() -> str | None:
-    """Commit of the source tree this package runs from (with `+` if the package differs from it), or None if it is not one."""
+    """Commit of the tree this package runs from, with `+` if the package differs from it; None outside a repository."""
     here = Path(__file__).resolve().parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)

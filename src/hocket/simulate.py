@@ -171,7 +171,7 @@ class Simulation:
         if flight.doomed:
             return
         assert flight.view is not None  # kept until the job is computed
-        memory = self.spool.get(self.memory[client]).bytes() if client in self.memory else None
+        memory = self.spool.get(self.memory[client]) if client in self.memory else None
         info = self.server.clients[client]
         self.executor.submit(Task(flight.job, flight.view, memory, info.rows, info.traits))
 

@@ -190,10 +190,6 @@ class Packet(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def bytes(self) -> bytes:
-        """The packet itself."""
-        return bytes(self._read(0, self.size))
-
 
 def unpack(blob: Bytes, limits: Limits = LIMITS) -> dict[str, Tensor]:
     """All tensors of a packet, in sorted order. Raises `WireError` as `Packet` does."""

@@ -24,7 +24,9 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_P
 
 
 def hocket(*args: object, ok: int = 0, **more: object) -> str:
-    done = subprocess.run([sys.executable, "-m", "hocket", *map(str, args)], capture_output=True, text=True, env=ENV, timeout=280, **more)
+    done = subprocess.run(
+        [sys.executable, "-m", "hocket", *map(str, args)], capture_output=True, text=True, env=ENV, timeout=280, **more
+    )
     assert done.returncode == ok, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout + done.stderr
@@ -34,8 +36,14 @@ def hocket(*args: object, ok: int = 0, **more: object) -> str:
 def recipe(tmp_path: Path, stories: Path) -> Path:
     """Three sites with their own words."""
     rows = [
-        {"site": "abc"[i % 3], "instruction": f"Tell a story about {w}.", "output": f"Once upon a time there was a {w} who liked to play."}
-        for i, w in enumerate(f"{a} {b}" for a in ("red", "big", "small", "happy") for b in ("dog", "cat", "ball", "tree", "boy", "girl"))
+        {
+            "site": "abc"[i % 3],
+            "instruction": f"Tell a story about {w}.",
+            "output": f"Once upon a time there was a {w} who liked to play.",
+        }
+        for i, w in enumerate(
+            f"{a} {b}" for a in ("red", "big", "small", "happy") for b in ("dog", "cat", "ball", "tree", "boy", "girl")
+        )
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     path = tmp_path / "recipe.toml"
@@ -106,14 +114,18 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(recipe: Path, tmp_path: Pat
     """A real small file system where root may mount one, else a limit on the size of files."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk], capture_output=True).returncode == 0
+    mounted = (
+        shutil.which("mount")
+        and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk], capture_output=True).returncode
+        == 0
+    )
     try:
         if mounted:
             out = hocket("run", recipe, "--out", disk / "run", "-q", ok=2)
         else:
             import resource
 
-            limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))  # noqa: E731
+            limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
             out = hocket("run", recipe, "--out", disk / "run", "-q", ok=2, preexec_fn=limit)
         assert re.search("No space left on device|File too large", out), out
         assert "error:" in out
@@ -138,7 +150,9 @@ def test_plan_agrees_with_the_run(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["fedit", "ffa-lora"])
-def test_an_exported_adapter_opens_and_gives_the_runs_model(recipe: Path, tmp_path: Path, stories: Path, method: str) -> None:
+def test_an_exported_adapter_opens_and_gives_the_runs_model(
+    recipe: Path, tmp_path: Path, stories: Path, method: str
+) -> None:
     sets = ["--set", f"method.name={method}", "--set", "method.rank=2", "--set", "training.lr=0.01"]
     hocket("run", recipe, "--out", tmp_path / "run", "-q", *sets)
     assert "adapter" in hocket("export", tmp_path / "run", "--out", tmp_path / "adapter")
@@ -173,37 +187,102 @@ def test_reports_side_by_side(recipe: Path, tmp_path: Path) -> None:
     assert (tmp_path / "page.html").stat().st_size > 1e6
 
 
-def test_bad_input_is_one_line_that_names_the_field_or_file(recipe: Path, tmp_path: Path) -> None:
+def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
+    """The command in this process: exit code and everything it printed."""
+    from hocket import cli
+
+    monkeypatch.setattr(sys, "argv", ["hocket", *map(str, args)])
+    monkeypatch.setattr(cli.errors, "file", sys.stderr)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out = capsys.readouterr()
+    return int(stop.value.code or 0), out.out + out.err
+
+
+def test_bad_input_is_one_line_that_names_the_field_or_file(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     hollow = tmp_path / "hollow"
     hollow.mkdir()
     (hollow / "config.json").write_text("{}")
-    for sets, message in [
-        (["method.name=fedbdc"], "did you mean 'fedbcd'"),
-        (["turns=none"], "turns: "),
-        ([f"data.source={tmp_path / 'none.jsonl'}"], "does not exist"),
-        ([f"data.source={empty}"], "is empty"),
-        ([f"model.source={hollow}"], "hollow"),
-        (["clients.count=9"], "has 3 values"),
-        (["data.min_rows=20"], "fewer than data.min_rows"),
-        (["data.template=chat"], "no chat template"),
-        (["model.device=cuda"], "no usable GPU"),
+    for value, message in [
+        ("method.name=fedbdc", "did you mean 'fedbcd'"),
+        ("turns=none", "turns: "),
+        (f"data.source={tmp_path / 'none.jsonl'}", "does not exist"),
+        (f"data.source={empty}", "is empty"),
+        (f"model.source={hollow}", "hollow"),
+        ("clients.count=9", "has 3 values"),
+        ("data.min_rows=20", "fewer than data.min_rows"),
+        ("data.template=chat", "no chat template"),
+        ("model.device=cuda", "no usable GPU"),
     ]:
         if message == "no usable GPU" and torch.cuda.is_available():
             continue
-        out = hocket("run", recipe, "--out", tmp_path / "bad", "-q", *[x for s in sets for x in ("--set", s)], ok=2)
-        assert "error:" in out
-        assert message in out, out
-    assert "No such file" in hocket("run", tmp_path / "none.toml", ok=2)
-    assert "recipe.toml is missing" in hocket("resume", tmp_path / "nothing", ok=2)
-    assert "recipe.toml is missing" in hocket("export", tmp_path / "nothing", "--out", tmp_path / "x", ok=2)
-    assert "is missing" in hocket("report", tmp_path / "nothing", ok=2)
+        code, out = inside(monkeypatch, capsys, "run", recipe, "--out", tmp_path / "bad", "-q", "--set", value)
+        assert code == 2
+        assert "error: " in out
+        assert message in out
+        assert not list((tmp_path / "bad").glob("checkpoint/*"))
+    for args, message in [
+        (["run", tmp_path / "none.toml"], "No such file"),
+        (["resume", tmp_path / "nothing"], "recipe.toml is missing"),
+        (["export", tmp_path / "nothing", "--out", tmp_path / "x"], "recipe.toml is missing"),
+        (["report", tmp_path / "nothing"], "is missing"),
+        (["models", "pull", "smollm2-135m"], "did you mean"),
+    ]:
+        code, out = inside(monkeypatch, capsys, *args)
+        assert code == 2
+        assert message in out
+
+
+@pytest.mark.parametrize("delay", [1.0, 3.5, 5.0])
+def test_stopped_at_any_moment_a_run_can_be_resumed_or_begun_again(recipe: Path, tmp_path: Path, delay: float) -> None:
+    """Also before the first checkpoint: while libraries, model or data are being loaded."""
+    command = [sys.executable, "-m", "hocket", "run", str(recipe), "--out", str(tmp_path / "cut"), "-q"]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (0, 130), errors
+    assert "Traceback" not in errors
+    if process.returncode:
+        hocket(
+            *(
+                ("resume", tmp_path / "cut")
+                if "hocket resume" in errors
+                else ("run", recipe, "--out", tmp_path / "cut")
+            ),
+            "-q",
+        )
+    assert json.loads((tmp_path / "cut" / "ledger.jsonl").read_text().splitlines()[-1])["version"] == 4
 
 
 def test_lists() -> None:
     methods = hocket("methods")
-    for name in ("method fedavg", "method fedit", "method ffa-lora", "method fedbcd", "schedule overlap", "codec feedback", "preset parablock"):
+    for name in (
+        "method fedavg",
+        "method fedit",
+        "method ffa-lora",
+        "method fedbcd",
+        "schedule overlap",
+        "codec feedback",
+        "preset parablock",
+    ):
         assert name in methods
     assert "smollm2-135m-instruct" in hocket("models", "list")
-    assert "did you mean" in hocket("models", "pull", "smollm2-135m", ok=2)
+
+
+def test_classification_runs_scores_and_exports(recipe: Path, tmp_path: Path) -> None:
+    """A random tiny encoder on labels it can learn: pairs of words, label by the first."""
+    rows = [{"sentence": f"{'ab'[i % 2]} {i % 7}", "label": i % 2, "site": "xyz"[i % 3]} for i in range(90)]
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sets = [
+        "model.source=tiny:bert", "model.task=classification", f"data.source={tmp_path / 'labels.jsonl'}", "method.name=fedit",
+        "turns=6", "training.lr=0.02", "training.local_steps=8", "data.template=auto",
+    ]  # fmt: skip
+    out = hocket("run", recipe, "--out", tmp_path / "run", *[x for s in sets for x in ("--set", s)])
+    accuracy = float(re.search(r"accuracy ([\d.]+)%", out).group(1))  # type: ignore[union-attr]
+    assert accuracy > 80, out
+    assert re.search(r"accuracy .*\(n = 9, 95 % ", out)

@@ -218,7 +218,7 @@ def test_encoded_is_a_list_of_rows_and_batches_are_padded_right() -> None:
 @given(kind=st.sampled_from(["iid", "dirichlet", "natural", "clusters"]), clients=st.integers(1, 3), seed=st.integers(0, 50))
 def test_every_row_goes_to_exactly_one_client_the_same_way_each_time(kind: str, clients: int, seed: int) -> None:
     data = datasets.Dataset.from_list(ROWS)
-    draw = lambda: partition(data, kind, clients, seed, column="source", alpha=5.0, clusters=3, min_rows=0, text=lambda r: r["instruction"] + " word" * r["label"])  # noqa: E731
+    draw = lambda: partition(data, kind, clients, seed, column="source", alpha=5.0, clusters=3, min_rows=0, text=lambda r: r["instruction"] + " word" * r["label"])
     parts, labels = draw()
     assert sorted(i for p in parts for i in p) == list(range(30))
     assert (parts, labels) == draw()

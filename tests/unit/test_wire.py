@@ -52,7 +52,6 @@ def test_a_file_is_the_same_bytes_and_is_read_lazily(tmp_path: Path) -> None:
     assert wire.write_file(path, TREE) == path.stat().st_size
     assert path.read_bytes() == wire.pack(TREE)
     assert torch.equal(wire.Packet(path)["b.weight"], TREE["b.weight"])
-    assert wire.Packet(path).bytes() == wire.pack(TREE)
 
 
 def test_decoded_tensors_do_not_share_memory_with_the_packet() -> None:

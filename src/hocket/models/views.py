@@ -39,8 +39,8 @@ class View:
         self._placed: dict[str, Tensor] = {}  # which tensor was put into each parameter last
 
     def start(self) -> Tree:
-        """The values in place, without a copy: the server's state and the model share them."""
-        tree = {k: self.params[k].data for k in sorted(self.params)}
+        """The values in place, on the CPU; a model on the CPU shares them with the server's state, without a copy."""
+        tree = {k: self.params[k].data.cpu() for k in sorted(self.params)}
         self._placed = dict(tree)
         return tree
 
@@ -103,9 +103,8 @@ def _lora(model: Any, method: Any, task: str, seed: int) -> View:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft asks for it
-            warnings.filterwarnings(
-                "ignore", message="fan_in_fan_out is set to"
-            )  # mixed Conv1D and Linear: peft mends it
+            # a model that mixes Conv1D and Linear: peft sees it and mends the setting
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             wrapped = get_peft_model(model, config)
     except ValueError as error:
         modules = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if not list(m.children()) and n})
