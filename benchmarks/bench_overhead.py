@@ -17,8 +17,8 @@ from hocket.methods import Local
 from hocket.models.forward import loss_sum
 from hocket.training import TorchTrainer, Training
 
-CLIENTS, TURNS, LENGTH, PAIRS = 8, 1, 64, 5
-CONFIG = Training.model_validate({"batch_size": 2, "local_steps": 2, "lr": 1e-4})
+CLIENTS, TURNS, LENGTH, PAIRS = 8, 1, 64, 11
+CONFIG = Training.model_validate({"batch_size": 2, "local_steps": 1, "lr": 1e-4})
 
 
 def plain(trainer: TorchTrainer, batches: dict[int, list], names: list[str]) -> float:

@@ -119,7 +119,7 @@ def plan(recipe: Recipe, rows: Sequence[int] | None = None) -> dict[str, Any]:
     up, down = recipe.build_codec("up"), recipe.build_codec("down")
     model = skeleton(recipe.model.source, task=recipe.model.task, num_labels=recipe.model.num_labels)
     view = views.make(model, method, recipe.model.task, recipe.seed)
-    start = {k: _hollow(v) for k, v in view.start().items()}
+    start = {k: _hollow(view.params[k]) for k in sorted(view.params)}
     shapes: Any = ShapeMethod(method)
     n = recipe.clients.count
     steps = [recipe.training.steps(rows[c] if rows else 1) for c in range(n)]

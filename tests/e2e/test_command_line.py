@@ -34,6 +34,10 @@ def hocket(*args: object, ok: int = 0, **more: object) -> str:
 
 @pytest.fixture
 def recipe(tmp_path: Path, stories: Path) -> Path:
+    return write_recipe(tmp_path, stories)
+
+
+def write_recipe(tmp_path: Path, stories: Path) -> Path:
     """Three sites with their own words."""
     rows = [
         {
@@ -54,6 +58,15 @@ def recipe(tmp_path: Path, stories: Path) -> Path:
         "spread = { step_seconds = 4.0 }\ndevice = { down_mb_s = 0.1, up_mb_s = 0.1 }\n[engine]\nthreads = 1\n"
     )
     return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, stories: Path) -> Path:
+    """A run of twenty turns that nobody stopped; its recipe lies beside it."""
+    folder = tmp_path_factory.mktemp("whole")
+    sets = ["--set", "turns=20", "--set", "evaluation.every=20"]
+    hocket("run", write_recipe(folder, stories), "--out", folder / "run", "-q", *sets)
+    return folder
 
 
 def final(run: Path) -> str:
@@ -82,10 +95,9 @@ def test_workers_and_a_second_run_give_the_same_bits(recipe: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_stopped_run_resumes_to_the_same_bits(recipe: Path, tmp_path: Path, number: int, code: int) -> None:
-    sets = ["--set", "turns=40", "--set", "evaluation.every=40"]
-    hocket("run", recipe, "--out", tmp_path / "whole", "-q", *sets)
-    command = [sys.executable, "-m", "hocket", "run", str(recipe), "--out", str(tmp_path / "cut"), *sets]
+def test_a_stopped_run_resumes_to_the_same_bits(whole: Path, tmp_path: Path, number: int, code: int) -> None:
+    sets = ["--set", "turns=20", "--set", "evaluation.every=20"]
+    command = [sys.executable, "-m", "hocket", "run", str(whole / "recipe.toml"), "--out", str(tmp_path / "cut"), *sets]
     process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait = time.monotonic() + 120
     while not list((tmp_path / "cut").glob("checkpoint/*.hkt")) and time.monotonic() < wait:
@@ -95,10 +107,10 @@ def test_a_stopped_run_resumes_to_the_same_bits(recipe: Path, tmp_path: Path, nu
     assert process.returncode == code, errors
     if number != signal.SIGKILL:
         assert f"hocket resume {tmp_path / 'cut'}" in errors
-    assert final(tmp_path / "cut") != final(tmp_path / "whole")
+    assert final(tmp_path / "cut") != final(whole / "run")
     hocket("resume", tmp_path / "cut", "-q")
-    assert final(tmp_path / "cut") == final(tmp_path / "whole")
-    assert (tmp_path / "cut" / "ledger.jsonl").read_bytes() == (tmp_path / "whole" / "ledger.jsonl").read_bytes()
+    assert final(tmp_path / "cut") == final(whole / "run")
+    assert (tmp_path / "cut" / "ledger.jsonl").read_bytes() == (whole / "run" / "ledger.jsonl").read_bytes()
 
 
 def test_a_checkpoint_cut_in_half_falls_back_and_ends_the_same(recipe: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def _functions(package: str, folder: Path) -> Iterator[dict[str, str]]:
                 tree = ast.parse(text)
         except (OSError, SyntaxError, ValueError, RecursionError):
             continue  # not a source this Python can read; another one will do
-        lines = text.splitlines()
+        lines = text.split("\n")  # as the parser counts: a form feed does not end a line
         module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (row := _row(node, lines)):

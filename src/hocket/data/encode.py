@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hocket.data.templates import IGNORE, TEXT, Unusable, pick, render
+from hocket.data.templates import IGNORE, TEXT, Unusable, check_fields, pick, render
 from hocket.errors import DataError
 
 
@@ -18,6 +18,7 @@ class Encoded(Sequence[dict[str, Any]]):
     Attributes:
         offsets: (rows + 1,) where each row starts.
         ids, labels: (tokens,) flat; `labels` is (rows,) for classification.
+        types: (tokens,) flat `token_type_ids` (which text of a pair), or None where the tokenizer gives none.
         groups: a partition value for each row, or empty.
     """
 
@@ -28,6 +29,8 @@ class Encoded(Sequence[dict[str, Any]]):
         self.whole = bool(rows) and isinstance(rows[0]["labels"], int)  # one label a row
         flat: Iterable[int] = (r["labels"] for r in rows) if self.whole else (t for r in rows for t in r["labels"])
         self.labels = torch.tensor(list(flat), dtype=torch.int32)
+        typed = bool(rows) and "token_type_ids" in rows[0]
+        self.types = torch.tensor([t for r in rows for t in r["token_type_ids"]], dtype=torch.int32) if typed else None
         self.groups = list(groups)
 
     def __len__(self) -> int:
@@ -42,15 +45,23 @@ class Encoded(Sequence[dict[str, Any]]):
         a, b = int(self.offsets[index]), int(self.offsets[index + 1])
         row: dict[str, Any] = {"input_ids": self.ids[a:b]}
         row["labels"] = int(self.labels[index]) if self.whole else self.labels[a:b]
+        if self.types is not None:
+            row["token_type_ids"] = self.types[a:b]
         if self.groups:
             row["group"] = self.groups[index]
         return row
 
     def subset(self, indices: Sequence[int]) -> Encoded:
         """The rows at `indices`, in that order."""
-        rows = [self[i] for i in indices]
-        plain = [{"input_ids": r["input_ids"].tolist(), "labels": _list(r["labels"])} for r in rows]
-        return Encoded(plain, [self.groups[i] for i in indices] if self.groups else ())
+        return Encoded(self.plain(indices), [self.groups[i] for i in indices] if self.groups else ())
+
+    def plain(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows at `indices` as lists of numbers."""
+        return [{k: _list(v) for k, v in self[i].items() if k != "group"} for i in indices]
+
+    def packed(self, max_length: int) -> Encoded:
+        """These rows joined end to end up to `max_length` tokens, in their order."""
+        return Encoded(_pack(self.plain(range(len(self))), list(range(len(self))), max_length)[0])
 
     @property
     def tokens(self) -> int:
@@ -68,6 +79,8 @@ def encode(
     then those of the first row in each pack. Raises `DataError` if no row can be used.
     """
     out, kept, skipped = [], [], dict[str, list[int]]()
+    if hasattr(dataset, "column_names"):
+        check_fields(fields or {}, dataset.column_names)
     for i, row in enumerate(dataset):
         try:
             if task == "classification":
@@ -104,8 +117,8 @@ def _classify(row: Mapping[str, Any], tokenizer: Any, max_length: int, fields: M
         raise Unusable("no text")
     if not isinstance(label, int) or label < 0:
         raise Unusable("no label (a whole number from 0)")
-    ids = tokenizer(first, second or None, truncation=True, max_length=max_length)["input_ids"]
-    return {"input_ids": list(ids), "labels": label}
+    found_ids = tokenizer(first, second or None, truncation=True, max_length=max_length)
+    return {k: list(found_ids[k]) for k in ("input_ids", "token_type_ids") if k in found_ids} | {"labels": label}
 
 
 def _pack(rows: list[dict[str, Any]], kept: list[int], max_length: int) -> tuple[list[dict[str, Any]], list[int]]:
@@ -139,7 +152,12 @@ def collate(examples: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Ten
             labels[i] = e["labels"]
         else:
             labels[i, :n] = torch.as_tensor(e["labels"])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if "token_type_ids" in examples[0]:
+        batch["token_type_ids"] = torch.zeros_like(ids)
+        for i, e in enumerate(examples):
+            batch["token_type_ids"][i, : len(e["token_type_ids"])] = torch.as_tensor(e["token_type_ids"])
+    return batch
 
 
 def _list(value: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,38 +67,84 @@ def _file(path: Path, limit: int | None) -> datasets.Dataset:
             return datasets.Dataset(pyarrow.parquet.read_table(path))
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"data file '{path}' is not parquet: {error}") from error
-    rows = list(_json(path, limit))
+    numbered = list(_json(path, limit))
+    rows = [row for _, row in numbered]
     if not rows:
         raise DataError(f"data file '{path}' holds no rows")
     columns = list(dict.fromkeys(k for r in rows for k in r))
     try:
         return datasets.Dataset.from_list([{k: r.get(k) for k in columns} for r in rows])
     except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are ValueError and TypeError
-        raise DataError(f"data file '{path}': a column changes its type between rows: {error}") from error
+        raise DataError(f"data file '{path}'{_odd(numbered, columns)}: a column changes its type: {error}") from error
 
 
-def _json(path: Path, limit: int | None) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON-lines file, or of a JSON file that holds one list."""
+def _odd(numbered: list[tuple[int, dict[str, Any]]], columns: list[str]) -> str:
+    """The first line whose value in a column is of another kind than before, or "" if the difference lies deeper."""
+    for column in columns:
+        first: Any = None
+        for line, row in numbered:
+            value = row.get(column)
+            kind = float if isinstance(value, int) and not isinstance(value, bool) else type(value)
+            if value is not None and first not in (None, kind):
+                return f", line {line}, column '{column}'"
+            first = first if value is None else kind
+    return ""
+
+
+def _json(path: Path, limit: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of a JSON-lines file, or of a JSON file that holds one list."""
     opener: Any = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as f:
-            if path.suffix == ".json" and f.read(1).lstrip() == "[":
-                f.seek(0)
-                lines: Any = ((i, r) for i, r in enumerate(json.load(f), 1))
-            else:
-                f.seek(0)
-                lines = ((i, json.loads(line)) for i, line in enumerate(f, 1) if line.strip())
-            for number, row in lines:
+        with opener(path, "rt", encoding="utf-8-sig") as f:
+            whole = f.read() if path.suffix == ".json" else ""
+            values = _list(whole) if whole.lstrip().startswith("[") else _lines(whole.split("\n") if whole else f)
+            for count, (number, row, error) in enumerate(values, 1):
+                if error:
+                    raise DataError(f"data file '{path}', line {number}: not JSON: {error}")
                 if not isinstance(row, dict):
                     raise DataError(f"data file '{path}', line {number}: expected an object, got {type(row).__name__}")
-                yield row
-                if limit and number >= limit:
+                yield number, row
+                if limit and count >= limit:
                     return
-    except json.JSONDecodeError as error:
-        raise DataError(f"data file '{path}', line {number + 1}: not JSON: {error.msg}") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise DataError(f"data file '{path}', after line {number}: nested too deeply") from error
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"data file '{path}', after line {number}: cannot be read: {error}") from error
+
+
+def _lines(lines: Iterable[str]) -> Iterator[tuple[int, Any, str]]:
+    """(line, value, error) of JSON lines; blank ones are passed over but counted."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line), ""
+            except json.JSONDecodeError as error:
+                yield number, None, error.msg
+
+
+def _list(text: str) -> Iterator[tuple[int, Any, str]]:
+    """(line, value, error) of one JSON list, element by element."""
+    decoder, at, line, closed = json.JSONDecoder(), text.index("[") + 1, 1, 0
+    while True:
+        while text[at : at + 1].isspace():
+            at += 1
+        line, closed = line + text.count("\n", closed, at), at
+        if text[at : at + 1] == "]" and not text[at + 1 :].strip():
+            return
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            yield error.lineno, None, error.msg
+            return
+        yield line, value, ""
+        while text[at : at + 1].isspace():
+            at += 1
+        if text[at : at + 1] == ",":
+            at += 1
+        elif text[at : at + 1] != "]":
+            yield text.count("\n", 0, at) + 1, None, "expected ',' or ']' after an object"
+            return
 
 
 def _hub(source: str, split: str) -> datasets.Dataset:

@@ -42,6 +42,8 @@ def partition(
     Raises:
         DataError: unknown column, too few values or rows, or a client with fewer than `min_rows`.
     """
+    if not alpha > 0:
+        raise DataError(f"data.alpha is {alpha}; it must be above 0")
     if clients > len(dataset):
         raise DataError(f"clients.count: {clients} clients for {len(dataset)} usable rows")
     labels = [""] * len(dataset)

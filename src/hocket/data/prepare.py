@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from hocket.data.partition import partition, summary
 from hocket.data.templates import ANSWER, CONTEXT, PROMPT, TEXT, pick
 from hocket.errors import DataError
 from hocket.tree import generator
+
+TEXTS = (("instruction", PROMPT), ("context", CONTEXT), ("text", TEXT), ("output", ANSWER))
 
 
 @dataclass(frozen=True)
@@ -56,47 +59,69 @@ def prepare(
 ) -> Prepared:  # fmt: skip
     """Load, hold out, encode, drop what cannot be used, then partition what is left.
 
-    The held-out rows are those of `heldout_source`, or the built-in tenth of `docstrings`, or a share drawn by `seed`.
+    The held-out rows are those of `heldout_source`, or the built-in share of `docstrings`, or a share drawn by `seed`.
+    Equal rows stay on one side of that draw. Packing joins rows of one client only, and never held-out rows.
 
     Raises:
         DataError: as `load`, `encode` and `partition` do.
     """
+    fields = fields or {}
+    files = [Path(p) for p in (source, heldout_source) if p is not None and Path(p).is_file()]
+    if len(files) == 2 and files[0].samefile(files[1]):
+        raise DataError(f"data.heldout_source: '{heldout_source}' is data.source itself; rows would be trained on")
+    held = None if heldout_source is None else load(heldout_source, split="test")
     if source == "docstrings":
         column = column or "package"
-        train, held = docstrings.build(packages or None)
-        train = train.select(range(min(limit or len(train), len(train))))
+        train, share = docstrings.build(packages or None, heldout=heldout_fraction)
+        held = share if held is None else held
+        if limit is not None and limit < len(train):
+            train = train.select(_spread(train["package"], limit, seed))
     else:
         train = load(source, limit=limit)
-        if heldout_source is not None:
-            held = load(heldout_source, split="test")
-        else:
-            count = max(1, round(heldout_fraction * len(train)))
-            if count >= len(train):
-                raise DataError(f"'{source}' has {len(train)} rows, too few to hold any out; set data.heldout_source")
-            order = torch.randperm(len(train), generator=generator(seed, "heldout")).tolist()
-            train, held = train.select(sorted(order[count:])), train.select(sorted(order[:count]))
+        if held is None:
+            first: dict[str, int] = {}
+            same = [first.setdefault(repr(sorted(r.items(), key=lambda kv: kv[0])), i) for i, r in enumerate(train)]
+            count = max(1, round(heldout_fraction * len(first)))
+            if count >= len(first):
+                raise DataError(
+                    f"'{source}' has {len(first)} different rows, too few to hold any out; set data.heldout_source"
+                )
+            order = torch.randperm(len(first), generator=generator(seed, "heldout")).tolist()
+            values = list(first.values())
+            out = {values[i] for i in order[:count]}
+            held = train.select([i for i, s in enumerate(same) if s in out])
+            train = train.select([i for i, s in enumerate(same) if s not in out])
     if heldout_limit is not None and heldout_limit < len(held):
         order = torch.randperm(len(held), generator=generator(seed, "heldout limit")).tolist()
         held = held.select(sorted(order[:heldout_limit]))
     options: dict[str, Any] = {
-        "task": task, "template": template, "max_length": max_length, "fields": fields, "packing": packing
+        "task": task, "template": template, "max_length": max_length, "fields": fields
     }  # fmt: skip
     rows, kept, skipped = encode(train, tokenizer, **options)
     usable = train.select(kept)
     parts, labels = partition(
         usable, kind, clients, seed, column=column, alpha=alpha, clusters=clusters, min_rows=min_rows,
-        text=lambda r: " ".join(filter(None, (pick(r, "", n, {}) for n in (PROMPT, CONTEXT, TEXT, ANSWER)))),
+        text=lambda r: " ".join(filter(None, (pick(r, k, n, fields) for k, n in TEXTS))),
     )  # fmt: skip
     names = [f"client {i}" for i in range(clients)]
     if kind == "natural":
         names = [", ".join(dict.fromkeys(labels[i] for i in p)) for p in parts]
         names = [n if len(n) <= 40 else n[:37] + "..." for n in names]
-    heldout, held_kept, _ = encode(held, tokenizer, **{**options, "packing": False})
+    heldout, held_kept, _ = encode(held, tokenizer, **options)
     if column in held.column_names:
-        heldout = Encoded([heldout[i] | {"labels": _plain(heldout[i]["labels"])} for i in range(len(heldout))],
-                          [str(v) for v in held.select(held_kept)[column]])  # fmt: skip
-    return Prepared([rows.subset(p) for p in parts], heldout, names, skipped, summary(parts, labels, names))
+        heldout = Encoded(heldout.plain(range(len(heldout))), [str(v) for v in held.select(held_kept)[column]])
+    mine = [rows.subset(p) for p in parts]
+    if packing:
+        mine = [m.packed(max_length) for m in mine]
+    return Prepared(mine, heldout, names, skipped, summary(parts, labels, names))
 
 
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, torch.Tensor) else value
+def _spread(groups: Sequence[str], limit: int, seed: int) -> list[int]:
+    """`limit` row numbers, dealt out evenly over the groups; rows of a group are drawn by `seed`."""
+    left: dict[str, list[int]] = {}
+    for i in torch.randperm(len(groups), generator=generator(seed, "limit")).tolist():
+        left.setdefault(groups[i], []).append(i)
+    chosen: list[int] = []
+    while len(chosen) < limit:
+        chosen += [left[g].pop() for g in sorted(left) if left[g]]
+    return sorted(chosen[:limit])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hocket.errors import DataError
+from hocket.errors import DataError, nearest
 
 IGNORE = -100
 
@@ -22,6 +22,18 @@ ALPACA = (
 )  # wording: Stanford Alpaca, Taori et al. 2023
 
 
+ROLES = ("instruction", "context", "output", "text", "pair", "label")
+
+
+def check_fields(fields: Mapping[str, str], columns: Sequence[str]) -> None:
+    """Refuse a mapping that would silently do nothing: an unknown role, or a column that is not there."""
+    for role, column in fields.items():
+        if role not in ROLES:
+            raise DataError(f"data.fields: there is no role '{role}'{nearest(role, ROLES)}")
+        if column not in columns:
+            raise DataError(f"data.fields.{role}: there is no column '{column}'{nearest(column, columns)}")
+
+
 class Unusable(Exception):
     """This row cannot be trained on; the message is the reason it is counted under."""
 
@@ -30,6 +42,8 @@ def pick(row: Mapping[str, Any], role: str, names: tuple[str, ...], fields: Mapp
     """The text of a role, or "" if the row has none."""
     for name in (fields[role],) if role in fields else names:
         value = row.get(name)
+        if isinstance(value, list | dict):
+            raise Unusable(f"column '{name}' is not text")
         if value is not None and str(value).strip():
             return str(value).strip()
     return ""
@@ -44,8 +58,8 @@ def render(
 ) -> dict[str, list[int]]:
     """Token ids of a row and their labels: -100 on the prompt, so that the loss is on the answer alone.
 
-    Prompt and answer are tokenized apart and joined, so the prompt's tokens are a prefix whatever the tokenizer would
-    do across the boundary. A row that has only text (`plain`) is learned as a whole. What is too long is cut on
+    The prompt's own tokens are always a prefix: where the tokenizer would join across the boundary, prompt and answer
+    are tokenized apart. A row that has only text (`plain`) is learned as a whole. What is too long is cut on
     the right.
 
     Args:
@@ -77,17 +91,22 @@ def render(
     question = f"{prompt}\n\n{context}" if context else prompt
     start, end = _frame(kind, question, prompt, context, tokenizer)
     head = _ids(tokenizer, start, special=False) if start else []
-    body = _ids(tokenizer, answer + end, special=False)
+    joint = _ids(tokenizer, start + answer + end, special=False)
+    # apart only where needed: sentencepiece would put a space before an answer that begins a text
+    body = joint[len(head) :] if joint[: len(head)] == head else _ids(tokenizer, answer + end, special=False)
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is not None and _adds_bos(tokenizer) and head[:1] != [bos]:
         head = [bos, *head]
     eos = tokenizer.eos_token_id
-    if kind != "chat" and eos is not None:
+    if eos is not None and not end.strip():  # a chat template may lack an end-of-turn mark
         body = [*body, eos]
     if len(head) >= max_length:
         raise Unusable("prompt leaves no room for the answer")
     ids = (head + body)[:max_length]
-    return {"input_ids": ids, "labels": ([IGNORE] * len(head) + body)[: len(ids)]}
+    labels = ([IGNORE] * len(head) + body)[: len(ids)]
+    if all(label == IGNORE for label in labels[1:]):  # the first token is never predicted
+        raise Unusable("nothing to predict")
+    return {"input_ids": ids, "labels": labels}
 
 
 def prompt_text(question: str, tokenizer: Any) -> str:
