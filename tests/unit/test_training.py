@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -344,3 +345,15 @@ def test_autocast_on_a_gpu(precision: str) -> None:
     delta = me.fit(view.start())
     assert me.metrics["skipped"] <= 2
     assert all(torch.isfinite(d).all() for d in delta.values())
+
+
+def test_a_plan_counts_numbers_as_clients_train_them(tmp_path: Path) -> None:
+    """Files in bf16 are trained, and travel, in fp32."""
+    from hocket.models import export
+    from hocket.models.skeleton import skeleton
+
+    model, tokenizer = tiny("llama", vocab=64, layers=2, width=16)
+    export(model.to(torch.bfloat16), tokenizer, tmp_path / "m")
+    bare = skeleton(tmp_path / "m")
+    assert {p.dtype for p in bare.parameters()} == {torch.float32}
+    assert {p.device.type for p in bare.parameters()} == {"meta"}

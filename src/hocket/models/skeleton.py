@@ -33,4 +33,4 @@ def skeleton(source: str | Path, *, task: str = "causal", num_labels: int = 2) -
     if task == "classification":
         auto, config.num_labels = AutoModelForSequenceClassification, num_labels
     with torch.device("meta"):
-        return auto.from_config(config)
+        return auto.from_config(config, dtype=torch.float32)  # clients train in fp32 whatever the files hold
