@@ -70,9 +70,11 @@ def work(
         memory: the client's private tensors from before; not written into.
         rows: rows this client holds.
     """
-    keep: Tree = {k: v for k, v in memory.items() if not k.startswith("own/") or int(k.split("/")[1]) >= job.version}
+    turn_of = {k: int(k.split("/")[1]) for k in memory if k.startswith("own/")}
+    # a turn before `version` is in it or given up; one asked for again is about to be replaced
+    keep: Tree = {k: v for k, v in memory.items() if k not in turn_of or job.version <= turn_of[k] < job.turn}
     world = view
-    for turn in sorted({int(k.split("/")[1]) for k in keep if k.startswith("own/")}):
+    for turn in sorted({turn_of[k] for k in keep if k in turn_of}):
         prefix = f"own/{turn}/"
         world = setting.method.own(world, {k.removeprefix(prefix): v for k, v in keep.items() if k.startswith(prefix)})
     local = Local(

@@ -173,3 +173,19 @@ def test_overlap_refuses_a_step_that_does_not_add(optimizer: str) -> None:
 
 def test_every_registered_method_is_additive_by_default() -> None:
     assert all(method.get(name)().additive for name in ("fedavg", "fedit", "ffa-lora", "fedbcd"))
+
+
+def test_a_turn_asked_for_again_starts_without_the_update_that_was_lost() -> None:
+    """The server gave the first attempt up, so it must not be in the second one's start; turns before it stay."""
+    from worlds import job
+
+    from hocket.client import work
+
+    w = quadratic(sched=overlap(1), meth="fedavg")
+    setting, view = w.simulation.executor.setting, w.final  # type: ignore[attr-defined]
+    first = work(setting, job(version=3, turn=3, visit=0), view, {})
+    assert any(k.startswith("own/3/") for k in first.memory)
+    again = work(setting, job(id=1, version=3, turn=3, visit=1), view, first.memory)
+    assert again.blob == first.blob
+    ahead = work(setting, job(id=2, version=3, turn=4, visit=2), view, first.memory)
+    assert ahead.blob != first.blob
