@@ -96,9 +96,13 @@ def _drive(folder: Path, turns: int, quiet: bool, board: bool, work: Any) -> Non
         finally:
             if log:
                 log.close()
-    page = report.build([folder], folder / "report.html")
-    console.print(_headline(report.read(folder)))
-    console.print(f"report: {page}")
+    try:
+        page = report.build([folder], folder / "report.html")
+        console.print(_headline(report.read(folder)))
+        console.print(f"report: {page}")
+    except KeyboardInterrupt:
+        errors.print(f"stopped; the run has finished, write its report with: hocket report {folder}")
+        raise typer.Exit(130) from None
 
 
 def _headline(run: Any) -> str:
@@ -245,7 +249,7 @@ def main() -> None:
         errors.print(f"error: {error}", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        errors.print(f"stopped after {time.monotonic() - began:.0f} s, before anything could be saved")
+        errors.print(f"stopped after {time.monotonic() - began:.0f} s; nothing was begun that could be resumed")
         sys.exit(130)
 
 

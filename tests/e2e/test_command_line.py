@@ -257,18 +257,12 @@ def test_stopped_at_any_moment_a_run_can_be_resumed_or_begun_again(recipe: Path,
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode in (0, 130), errors
+    assert process.returncode in (0, 130, -signal.SIGINT), errors  # the last one: before or after Python could listen
     assert "Traceback" not in errors
-    if process.returncode:
-        hocket(
-            *(
-                ("resume", tmp_path / "cut")
-                if "hocket resume" in errors
-                else ("run", recipe, "--out", tmp_path / "cut")
-            ),
-            "-q",
-        )
-    assert json.loads((tmp_path / "cut" / "ledger.jsonl").read_text().splitlines()[-1])["version"] == 4
+    ledger = tmp_path / "cut" / "ledger.jsonl"
+    if not ledger.exists() or '"what":"end"' not in ledger.read_text():
+        hocket(*(("resume", tmp_path / "cut") if "hocket resume" in errors else ("run", recipe, "--out", tmp_path / "cut")), "-q")
+    assert json.loads(ledger.read_text().splitlines()[-1])["version"] == 4
 
 
 def test_lists() -> None:
