@@ -46,8 +46,8 @@ class Ledger:
             self._file = path.open("ab")
 
     def add(self, what: str, **record: Any) -> None:
-        """Append one record; `None` fields are left out, numbers that are not finite become strings."""
-        row = {"what": what, **{k: _plain(v) for k, v in record.items() if v is not None}}
+        """Append one record; `None` fields are left out. In the file, numbers that are not finite are strings."""
+        row = {"what": what, **{k: v for k, v in record.items() if v is not None}}
         if what in self.bytes:
             self.bytes[what] += record["bytes"]
         if what in self.seconds:
@@ -55,7 +55,7 @@ class Ledger:
         self.updates += what == "up"
         self.losses += what == "lost"
         if self._file is not None:
-            line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
+            line = json.dumps(_plain(row), separators=(",", ":")).encode() + b"\n"
             try:
                 self._file.write(line)
             except OSError as error:
@@ -96,4 +96,6 @@ class Ledger:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -114,3 +114,23 @@ def test_tensorboard_scalars(tmp_path: Path) -> None:
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"step/t", "step/loss", "eval/t", "eval/loss"}
     assert [(e.step, e.value) for e in events.Scalars("eval/loss")] == [(1, 1.5)]
+
+
+def test_a_run_that_diverged_is_still_shown(tmp_path: Path) -> None:
+    from hocket.cli import _headline
+    from hocket.ledger import Ledger
+
+    path = run_folder(tmp_path / "a", "sync")
+    seen: list[dict] = []
+    ledger = Ledger(path / "ledger.jsonl", (path / "ledger.jsonl").stat().st_size, seen.append)
+    bad = float("nan")
+    ledger.add("eval", t=999.0, version=6, loss=bad, perplexity=float("inf"), loss_low=bad, loss_high=bad, n=1)
+    ledger.close()
+    out = io.StringIO()
+    with Progress(6, console=Console(file=out)) as bar:
+        bar.listen(seen[0])
+    assert "nan" in out.getvalue()
+    run = read(path)
+    assert run.summary()["final_loss"] != run.summary()["final_loss"]
+    assert "-> nan" in _headline(run)
+    assert "nan" in build([path], tmp_path / "x.html").read_text()

@@ -108,6 +108,7 @@ def read(path: Path, keep: int = 4000) -> Run:
 
 
 def _take(run: Run, row: dict[str, Any], blank: dict[str, float], keep: int) -> None:
+    row = {k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in row.items()}  # see Ledger.add
     what = row["what"]
     run.seconds = max(run.seconds, row.get("t", 0.0))
     if what in LANES:
