@@ -2,7 +2,7 @@
 
 Law of own updates: a client that starts turn t while its turns before t are still on their way starts from the server's
 version plus the sum of those updates. They live in its memory as `own/<turn>/<tensor>`, exactly as the server will
-decode them, and go when a version that contains (or has given up) their turn comes down.
+decode them. `Job.own` names those the server still counts on: one that is aggregated, refused or given up is not in it.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def work(
         rows: rows this client holds.
     """
     turn_of = {k: int(k.split("/")[1]) for k in memory if k.startswith("own/")}
-    # a turn before `version` is in it or given up; one asked for again is about to be replaced
-    keep: Tree = {k: v for k, v in memory.items() if k not in turn_of or job.version <= turn_of[k] < job.turn}
+    # the server says which earlier turns it still counts on; later ones matter when a turn is asked for again
+    keep: Tree = {k: v for k, v in memory.items() if k not in turn_of or turn_of[k] in job.own or turn_of[k] > job.turn}
     world = view
-    for turn in sorted({turn_of[k] for k in keep if k in turn_of}):
+    for turn in (t for t in job.own if t in turn_of.values()):
         prefix = f"own/{turn}/"
         world = setting.method.own(world, {k.removeprefix(prefix): v for k, v in keep.items() if k.startswith(prefix)})
     local = Local(

@@ -50,14 +50,18 @@ class Device:
         """When this client next joins (True) or leaves (False) strictly after `now`; None if never again."""
         if not self.online:
             return None
+        # boundaries are compared as they are made, never taken modulo the period: rounding would lose some
         lap = int(now // self.period) if self.period else 0
-        for k in (lap, lap + 1) if self.period else (0,):
+        for k in (lap - 1, lap, lap + 1, lap + 2) if self.period else (0,):
             base = k * (self.period or 0.0)
-            for start, end in self.online:
-                # a window that ends where the period's first one starts again goes on without a break
-                for at, joins in ((base + start, True), (base + end, False)):
-                    if at > now and self.reachable(at) == joins and self.reachable(now) != joins:
-                        return at, joins
+            for i, (start, end) in enumerate(self.online):
+                first, last = i == 0, i == len(self.online) - 1
+                wraps = self.period is not None and self.online[-1][1] == self.period and self.online[0][0] == 0.0
+                joins = not (first and wraps) and (first or self.online[i - 1][1] != start)
+                leaves = not (last and wraps) and (last or self.online[i + 1][0] != end)
+                for at, joining, real in ((base + start, True, joins), (base + end, False, leaves)):
+                    if real and at > now:
+                        return at, joining
         return None
 
     def reachable(self, at: float) -> bool:

@@ -137,6 +137,8 @@ class Pool:
                     if self._interrupted():
                         raise Interrupted from None
         except BrokenProcessPool as error:
+            if self._interrupted():  # the signal that stops the run reached the workers too
+                raise Interrupted from None
             raise RunError("a worker process died; use fewer workers or a smaller batch, then resume") from error
         del self._futures[job]
         return done

@@ -12,7 +12,7 @@ import torch
 from hocket import data, evaluate, models
 from hocket.client import Setting
 from hocket.data import collate
-from hocket.errors import HocketError, RecipeError
+from hocket.errors import RecipeError
 from hocket.methods import Client
 from hocket.models import views
 from hocket.recipe import Recipe, parse
@@ -108,12 +108,3 @@ class Experiment:
 def setting_of(recipe_toml: str) -> Setting:
     """What a worker process needs, from the text of a recipe."""
     return Experiment(parse(tomllib.loads(recipe_toml))).setting()
-
-
-def check_rows(experiment: Experiment) -> None:
-    """Raise if a client has nothing to train on."""
-    for i, n in enumerate(experiment.rows):
-        if n == 0:
-            raise HocketError(
-                f"client {i} ({experiment.data.names[i]}) has no rows; change data.partition or clients.count"
-            )

@@ -93,7 +93,12 @@ class Server:
             k: v for k, v in view.items() if v is not params.get(k) or self.changed.get(k, 0) > since or since < 0
         }
         visit = self.visits.get(client, 0)
-        job = Job(self.next_id, client, self.version, turn, visit, {}, since, self.schedule.patience)
+        own: tuple[int, ...] = ()
+        if self.schedule.ahead:
+            turns = {j.turn for j in self.outstanding.values() if j.client == client}
+            turns |= {u.turn for u in self.buffer if u.client == client}
+            own = tuple(sorted(t for t in turns if self.version <= t < turn))
+        job = Job(self.next_id, client, self.version, turn, visit, {}, since, self.schedule.patience, own)
         self.next_id += 1
         self.visits[client] = visit + 1
         self.held[client] = self.version
@@ -116,11 +121,12 @@ class Server:
 
     def receive(self, update: Update) -> str | None:
         """Take an update in; None, or why it is refused (late, foreign, unusable). A refused one changes nothing."""
-        job = self._settle(update.job)
+        job = self.outstanding.get(update.job)
         if job is None:
             return "late: not waited for any more"
         if (update.client, update.version, update.turn) != (job.client, job.version, job.turn):
             return "rejected: it names another client, version or turn than its job"
+        self._settle(job.id)
         if not self.schedule.accepts(self, update.turn):
             return f"late: turn {update.turn} is over"
         if not 0 < update.weight < float("inf"):
@@ -198,7 +204,7 @@ class Server:
             setattr(self, k, saved[k])
         self.state = saved["state"]
         self.online = set(saved["online"])
-        self.outstanding = {j["id"]: Job(**j) for j in saved["outstanding"]}
+        self.outstanding = {j["id"]: Job(**{**j, "own": tuple(j["own"])}) for j in saved["outstanding"]}
         self.buffer = [Update(**u, payload=payload(u["job"])) for u in saved["buffer"]]
 
 

@@ -1,9 +1,7 @@
 """The engine on the virtual clock: one process for all machines.
 
-Each client has three serial lanes (down, compute, up). A download is encoded, its bytes take the link's time, the
-client computes when its turn comes, the upload is encoded and takes its time. All arrivals of one instant are
-heard before the server steps, and it steps before anyone is asked again. `state_dict` after any event resumes to the
-same bits.
+Each client has three serial lanes (down, compute, up). All arrivals of one instant are heard before the server steps,
+and it steps before anyone is asked again. `state_dict` after any event resumes to the same bits.
 """
 
 from __future__ import annotations
@@ -101,7 +99,8 @@ class Simulation:
                 self._settle()
                 if self.server.finished:
                     break
-            if not self.clock or self.quiet > PATIENCE + 4 * len(self.devices):
+            lonely = not self.flights and self.quiet > PATIENCE + 4 * len(self.devices)
+            if lonely or not self.clock:
                 raise RunError(self._stuck())
             kind, key = self.clock.pop()
             try:
@@ -219,6 +218,7 @@ class Simulation:
                 Update(job.id, job.client, job.version, job.turn, payload, flight.weight, flight.metrics or {})
             )
             if refused:
+                self.server.lost(job)
                 self._lost(job, refused)
         if refused:
             self.spool.drop(f"up/{key}")
@@ -329,7 +329,9 @@ class Simulation:
         for f in saved["flights"]:
             lanes = {k: tuple(f[k]) if f[k] is not None else None for k in ("down", "compute", "up")}
             view = None if f["view"] is None else saved["views"][f["view"]]
-            self.flights[f["job"]["id"]] = Flight(**{**f, **lanes, "job": Job(**f["job"]), "view": view})
+            self.flights[f["job"]["id"]] = Flight(
+                **{**f, **lanes, "job": Job(**{**f["job"], "own": tuple(f["job"]["own"])}), "view": view}
+            )
         self.queues, self.memory = saved["queues"], saved["memory"]
         self.downlink.load_state_dict(saved["downlink"])
         self.quiet, self.due = saved["quiet"], saved["due"]

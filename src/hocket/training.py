@@ -139,12 +139,12 @@ class TorchTrainer:
                 if math.isfinite(value) and bool(torch.isfinite(norm)):
                     scaler.step(optimizer)
                     losses.append(value)
+                    examples += sum(len(b["input_ids"]) if "input_ids" in b else 1 for b in micro)
+                    tokens += count
                 else:
                     skipped += 1
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
-                examples += sum(len(b["input_ids"]) if "input_ids" in b else 1 for b in micro)
-                tokens += count
         local.metrics.update(steps=len(losses), skipped=skipped, examples=examples, tokens=tokens)
         if losses:
             local.metrics["loss"] = sum(losses) / len(losses)

@@ -159,6 +159,8 @@ class Packet(Mapping[str, Tensor]):
         try:
             head = json.loads(bytes(self._read(FRAME.size + 8, size)))
             meta = json.loads(head.pop("__metadata__", {}).get("hocket", "{}"))
+            if not isinstance(meta, dict):
+                raise WireError(f"{self.where} has meta that is no object")
             if len(head) > limits.tensors:
                 raise WireError(f"{self.where} declares {len(head)} tensors, limit {limits.tensors}")
             entries, used = {}, 0
@@ -166,13 +168,18 @@ class Packet(Mapping[str, Tensor]):
                 dtype, shape = DTYPES[head[name]["dtype"]], [int(n) for n in head[name]["shape"]]
                 start, end = (int(n) for n in head[name]["data_offsets"])
                 item = torch.empty(0, dtype=dtype).element_size()
-                if len(shape) > limits.dims or min(shape, default=0) < 0 or end - start != math.prod(shape) * item:
+                if (
+                    len(shape) > limits.dims
+                    or min(shape, default=0) < 0
+                    or math.prod(map(abs, filter(None, shape))) >= 1 << 62
+                    or end - start != math.prod(shape) * item
+                ):
                     raise WireError(f"{self.where}: tensor '{name}' declares shape {shape} in {end - start} bytes")
                 if start < 0 or end > length - 8 - size:
                     raise WireError(f"{self.where}: tensor '{name}' lies outside the packet")
                 entries[name] = (dtype, shape, start, end)
                 used += end - start
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise WireError(f"{self.where} has an unreadable header: {error!r}") from error
         if used != length - 8 - size:
             raise WireError(f"{self.where}: tensors cover {used} of {length - 8 - size} data bytes")

@@ -5,10 +5,13 @@ The reference below is the paper's additive algorithm written out for itself; it
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from worlds import World, language, quadratic
 
+from hocket.clock import Device
 from hocket.errors import RecipeError
 from hocket.methods import method
 from hocket.methods.fedbcd import FedBCD
@@ -187,5 +190,42 @@ def test_a_turn_asked_for_again_starts_without_the_update_that_was_lost() -> Non
     assert any(k.startswith("own/3/") for k in first.memory)
     again = work(setting, job(id=1, version=3, turn=3, visit=1), view, first.memory)
     assert again.blob == first.blob
-    ahead = work(setting, job(id=2, version=3, turn=4, visit=2), view, first.memory)
+    ahead = work(setting, job(id=2, version=3, turn=4, visit=2, own=(3,)), view, first.memory)
     assert ahead.blob != first.blob
+    refused = work(setting, job(id=3, version=3, turn=4, visit=2), view, first.memory)
+    assert refused.blob == first.blob  # the server does not count on turn 3 any more
+    assert not any(k.startswith("own/3/") for k in refused.memory)
+    kept = work(setting, job(id=4, version=3, turn=3, visit=3), view, ahead.memory)
+    assert any(k.startswith("own/4/") for k in kept.memory)  # turn 4 is still on its way
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_start_is_the_server_plus_what_it_counts_on(seed: int) -> None:
+    """With losses, replacements and unequal clients: recompute every start from the record of deltas."""
+    devices = [Device(step_seconds=x, down_mb_s=2e-3, up_mb_s=1e-3) for x in (1.0, 1.3, 3.0)]
+    w = quadratic(sched={"name": "overlap", "staleness": 1, "minimum": 3}, turns=30, loss=0.3, devices=devices, meth="fedavg")
+    w.simulation.server.seed = seed
+    asked, fit, send = {}, w.trainer.fit, w.simulation._send
+
+    def sending(j: Any) -> None:
+        asked[j.client, j.visit] = (j, dict(w.simulation.server.state["params"]))
+        send(j)
+
+    deltas: dict[tuple[int, int], Tree] = {}
+    checked = 0
+
+    def fitting(local: Any, start: Tree, only: Any, prox: float) -> Tree:
+        nonlocal checked
+        j, view = asked[local.client, local.visit]
+        expected = dict(view)
+        for t in j.own:
+            if (local.client, t) in deltas:
+                expected = {k: expected[k] + deltas[local.client, t][k] for k in expected}
+        assert apart(start, expected) < ATOL
+        checked += 1
+        deltas[local.client, local.turn] = delta = fit(local, start, only, prox)
+        return delta
+
+    w.simulation._send, w.trainer.fit = sending, fitting  # type: ignore[method-assign]
+    w.simulation.run()
+    assert checked > 60

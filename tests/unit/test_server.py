@@ -113,8 +113,8 @@ def test_a_client_that_lies_is_refused_and_the_others_count(changes: dict[str, A
     assert refused is not None
     assert reason in refused
     assert digest(s.state["params"]) == before
-    if "job" in changes:
-        s.lost(liar)
+    if set(changes) & {"job", "client", "turn"}:
+        s.lost(liar)  # its own update may still come, until the engine gives it up
     assert answer(s, honest) is None
     record = s.step()
     assert record is not None
@@ -352,3 +352,40 @@ def test_impossible_availability_is_refused(bad: dict[str, Any]) -> None:
 
 def test_devices_of_the_tests_differ() -> None:
     assert len({d.step_seconds for d in DEVICES}) == len(DEVICES)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_periodic_clients_come_back_for_ever(seed: int) -> None:
+    """Whatever the numbers, joins and leaves alternate and lie where the windows say."""
+    g = torch.Generator().manual_seed(seed)
+    start, length, rest = (round(float(torch.rand((), generator=g)) * 50 + 0.1, 1) for _ in range(3))
+    period = start + length + rest if seed % 2 else round(start + length + rest, 1) + 0.37
+    d = Device(online=((start, start + length),), period=period)
+    now, expected = 0.0, True
+    for i in range(200):
+        change = d.next_change(now)
+        assert change is not None
+        now, joins = change
+        assert joins == expected
+        assert now == pytest.approx((i // 2) * period + (start if joins else start + length), rel=1e-9)
+        expected = not expected
+
+
+def test_windows_that_touch_are_one() -> None:
+    assert Device(online=((0.0, 5.0), (5.0, 9.0))).next_change(0.0) == (9.0, False)
+    assert Device(online=((0.0, 5.0), (5.0, 10.0)), period=10.0).next_change(0.0) is None
+    assert Device(online=((0.0, 4.0), (6.0, 10.0)), period=10.0).next_change(7.0) == (14.0, False)
+
+
+def test_an_update_that_names_another_clients_job_leaves_that_job_open() -> None:
+    s = server(clients=2)
+    a, b = sorted(s.poll(), key=lambda j: j.client)
+    assert "another client" in str(answer(s, b, client=a.client))
+    assert answer(s, b) is None
+
+
+def test_long_jobs_outlast_many_joins_and_leaves() -> None:
+    busy = [Device(step_seconds=1.0, online=((0.5, 1.0),), period=2.0) for _ in range(3)]
+    w = quadratic(clients=4, turns=1, devices=[Device(step_seconds=1500.0), *busy], sched={"name": "sync", "minimum": 1})
+    w.simulation.run()
+    assert w.simulation.server.version == 1

@@ -112,6 +112,10 @@ def forged(header: object, data: bytes = b"", size: int | None = None) -> bytes:
         forged({"w": {"dtype": "F32", "shape": [1] * 20, "data_offsets": [0, 4]}}, bytes(4)),
         forged({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(9)),
         forged({"w": 3}),
+        forged(b'{"w": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}', bytes(4)),
+        forged({"w": {"dtype": "F32", "shape": [0, 1 << 62, 1 << 62], "data_offsets": [0, 0]}}),
+        forged(b"[" * 200_000),
+        forged({"__metadata__": {"hocket": "[1]"}}),
         forged({"__metadata__": {"hocket": "{"}}),
     ],
 )

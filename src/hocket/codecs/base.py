@@ -10,6 +10,7 @@ import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
+import torch
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -81,8 +82,8 @@ class Decoded(Mapping[str, Tensor]):
             self._parts.setdefault(key.partition("|")[0], []).append(key)
 
     def __getitem__(self, name: str) -> Tensor:
-        parts = {key.partition("|")[2]: self.packet[key] for key in self._parts[name]}
         try:
+            parts = {key.partition("|")[2]: self.packet[key] for key in self._parts[name]}
             return self.codec.unpack(parts, self.packet.meta["tensors"].get(name))
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise WireError(f"{self.packet.where}: tensor '{name}' cannot be decoded: {error!r}") from error
@@ -178,7 +179,11 @@ class Feedback(Codec):
             return self.codec.pack(name, x, memory)
         x = x + memory[key] if key in memory else x
         parts, meta = self.codec.pack(name, x, memory)
-        memory[key] = x - self.codec.unpack(parts, meta)
+        error = x - self.codec.unpack(parts, meta)
+        if torch.isfinite(error).all():  # one bad update must not spoil all that follow
+            memory[key] = error
+        else:
+            memory.pop(key, None)
         return parts, meta
 
     def unpack(self, parts: Parts, meta: Any) -> Tensor:

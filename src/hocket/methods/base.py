@@ -37,6 +37,7 @@ class Job:
         visit: how many jobs this client was asked before; keys its random draws, so that a client's n-th job sees the
             same batches whatever the schedule does with the others.
         payload: the tensors that changed since version `since`; all of them if `since` is None.
+        own: this client's earlier turns, beyond `version`, whose updates the server still counts on.
         deadline: seconds after dispatch at which the server stops waiting; None for never.
     """
 
@@ -48,6 +49,7 @@ class Job:
     payload: Tree = field(default_factory=dict, compare=False)
     since: int | None = None
     deadline: float | None = None
+    own: tuple[int, ...] = ()
 
 
 @plain_dataclass(frozen=True)
