@@ -110,9 +110,8 @@ class Simulation:
                 raise
             self.events += 1
             self.on_event()
-        for flight in list(self.flights.values()):
-            self._end_lanes(flight)
-        self.flights.clear()
+        while self.flights:
+            self._end_lanes(self.flights.pop(next(iter(self.flights))))
         self.ledger.add("end", t=self.clock.now, version=self.server.version)
         self.finished = True
 
@@ -211,7 +210,7 @@ class Simulation:
             return
         self._end_lanes(flight)
         job = flight.job
-        refused: str | None = "late: not waited for any more"
+        refused: str | None = "late"
         if not flight.abandoned:
             payload = self.up.decode(self.spool.get(f"up/{key}"))
             refused = self.server.receive(
