@@ -126,6 +126,8 @@ def resolve(source: str | Path, *, progress: bool = True) -> Path | str:
         return pull(text, progress=progress)
     if text.startswith("tiny:"):
         return text
+    if text.startswith("shape:"):
+        raise ModelError(f"model '{text}' is a shape, it has no weights: `hocket plan` only; to run it, give a hub id")
     path = Path(text).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
