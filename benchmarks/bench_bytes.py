@@ -24,7 +24,7 @@ def formula(name: str, shapes: dict[str, tuple[int, ...]], number: int, row: int
     if name == "ffa-lora":
         shapes = {k: s for k, s in shapes.items() if ".lora_B." in k}
     if name == "fedbcd":
-        shapes = {k: shapes[k] for k in m.blocks(shapes)[0]}  # type: ignore[attr-defined]
+        shapes = {k: shapes[k] for k in m.cut(shapes)[0]}  # type: ignore[attr-defined]
     rows = sum(s[0] if len(s) > 1 else 1 for s in shapes.values())
     return number * sum(map(math.prod, shapes.values())) + row * rows
 

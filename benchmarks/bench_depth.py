@@ -21,7 +21,7 @@ def main() -> None:
     config = Training.model_validate({"batch_size": 2, "local_steps": 1})
     trainer = TorchTrainer(view, [rows(0, 2, loaded.model.config.vocab_size, 64)], collate, config)
     start = view.start()
-    blocks = m.blocks(start)  # type: ignore[attr-defined]
+    blocks = m.cut(start)  # type: ignore[attr-defined]
     walls: dict[str, list[float]] = {"first": [], "last": []}
     for _ in range(9):
         for name, block in (("first", set(blocks[0])), ("last", set(blocks[-1]))):

@@ -55,6 +55,14 @@ class Result:
         return len(self.blob)
 
 
+def side(setting: Setting, job: Job, world: Tree, memory: Tree, traits: Mapping[str, Any] | None = None) -> Local:
+    """What a method sees of a client's world. Training turns count from 0; what comes before them is negative."""
+    turn = job.turn - setting.method.prelude
+    return Local(
+        job.client, world, memory, turn, setting.turns, job.visit, setting.seed, setting.trainer, traits or {}
+    )  # fmt: skip
+
+
 def work(
     setting: Setting,
     job: Job,
@@ -77,10 +85,7 @@ def work(
     for turn in (t for t in job.own if t in turn_of.values()):
         prefix = f"own/{turn}/"
         world = setting.method.own(world, {k.removeprefix(prefix): v for k, v in keep.items() if k.startswith(prefix)})
-    local = Local(
-        job.client, world, keep, job.turn, setting.turns, job.visit, setting.seed, setting.trainer,
-        traits or {},
-    )  # fmt: skip
+    local = side(setting, job, world, keep, traits)
     update = setting.method.train(local, world)
     blob = setting.codec.encode(update, keep)
     if setting.ahead:

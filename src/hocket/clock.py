@@ -106,6 +106,10 @@ class Clock:
         self._free[client, lane] = start + seconds
         return start, start + seconds
 
+    def vacate(self, client: int, lane: Lane, at: float) -> None:
+        """The lane's last use ends at `at` after all."""
+        self._free[client, lane] = at
+
     def release(self, client: int) -> None:
         """Nothing of this client goes on any more; its lanes are free now."""
         for lane in ("down", "compute", "up", "link"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hocket import models, store
 from hocket.errors import StoreError
@@ -30,7 +31,7 @@ def export(run: Path, out: Path, merge: bool = False) -> str:
         raise StoreError(f"'{run}' holds no run: recipe.toml is missing")
     recipe = load_recipe(run / "recipe.toml")
     saved, _ = store.load(run / "checkpoint", recipe.hash)
-    method = recipe.build_method()
+    method: Any = recipe.build_method()
     m = recipe.model
     loaded = models.load(m.source, task=m.task, num_labels=m.num_labels, seed=recipe.seed)
     view = views.make(loaded.model, method, m.task, recipe.seed)
@@ -41,7 +42,7 @@ def export(run: Path, out: Path, merge: bool = False) -> str:
     if method.view != "lora":
         models.export(view.model, loaded.tokenizer, out)
         return "model"
-    if merge:
+    if merge or method.merges:  # a base that was written into cannot be told by an adapter
         models.export(view.model.merge_and_unload(), loaded.tokenizer, out)
         return "model"
     if out.exists() and any(out.iterdir()):

@@ -1,13 +1,13 @@
 """Before spending anything: bytes, virtual hours and memory of a recipe, from shapes alone.
 
-The same server, schedule, codecs and virtual clock run as in a real run; only training, evaluation and the arithmetic
-of the server's step are left out, and tensors have shapes but no memory of their own. So packet sizes are exact for
-codecs whose size does not depend on values (all but those that drop small ones).
+The same server, method, schedule, codecs and virtual clock run as in a real run, but the model is on torch's meta
+device, where arithmetic on shapes costs nothing; training, checks of values and evaluation are left out. So packet
+sizes are exact for codecs whose size does not depend on values (all but those that drop small ones).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from hocket import wire
-from hocket.client import Result, Setting
+from hocket.client import Result, Setting, work
+from hocket.codecs.base import Codec, Feedback
 from hocket.executors import Task
 from hocket.ledger import Ledger
 from hocket.methods import Client, Local, Method, State, Update
-from hocket.methods.fedbcd import LAYER
+from hocket.methods.blocks import LAYER
 from hocket.models import memory, views
 from hocket.models.skeleton import skeleton
 from hocket.recipe import Recipe
@@ -29,19 +30,23 @@ from hocket.tree import Tree
 
 
 class ShapeTrainer:
-    """Stands in for training: differences of the right shape, all zero, without memory."""
+    """Stands in for training: differences of the right shapes, and gradients that prefer no tensor."""
 
     def fit(self, local: Local, start: Tree, only: Callable[[str], bool], prox: float) -> Tree:
-        """Zero deltas of the selected tensors."""
-        return {k: _hollow(v) for k, v in start.items() if only(k)}
+        """Deltas of the selected tensors: without values a tensor can stand for its own difference."""
+        return {k: v for k, v in start.items() if only(k)}
 
     def loss(self, params: Tree, batch: Any) -> Tensor:
         """There is nothing to evaluate in a plan."""
         raise TypeError("a plan evaluates nothing")
 
+    def gradient_norms(self, local: Local, start: Tree) -> dict[str, float]:
+        """1 for every tensor."""
+        return dict.fromkeys(start, 1.0)
+
 
 class ShapeMethod:
-    """A method whose step only notes which tensors changed."""
+    """A method that takes every update: whether numbers are finite cannot be asked of shapes."""
 
     def __init__(self, inner: Method) -> None:
         self.inner = inner
@@ -53,19 +58,54 @@ class ShapeMethod:
         """Every update of a plan is in order."""
         return None
 
-    def own(self, world: Tree, sent: Any) -> Tree:
-        """Shapes do not change when an update is added."""
-        return world
 
-    def step(self, state: State, updates: Sequence[Update], weights: Sequence[float]) -> State:
-        """New objects for the tensors that the updates carry."""
-        touched = {k for u in updates for k in u.payload}
-        return state | {"params": {k: v.view_as(v) if k in touched else v for k, v in state["params"].items()}}
+class ShapeCodec:
+    """Sizes of a codec's packets, whose trees are handed over as they are: nothing is encoded or decoded."""
+
+    lossless = True  # in the sense that what arrives is what was sent
+
+    def __init__(self, inner: Codec) -> None:
+        self.inner = inner
+        self._trees: list[Mapping[str, Tensor]] = []
+        self._at: dict[Any, int] = {}  # equal shapes are one tree, however many clients send it
+        self._sizes: dict[Any, int] = {}
+
+    def __str__(self) -> str:
+        return str(self.inner)
+
+    def encode(self, tree: Mapping[str, Tensor], memory: Tree | None = None) -> bytes:
+        """A packet that only says where the tree is."""
+        key = _key(tree) if all(t.is_meta for t in tree.values()) else object()  # small things may have values
+        at = self._at.setdefault(key, len(self._trees))
+        if at == len(self._trees):
+            self._trees.append(tree)
+        return wire.pack({}, {"tree": at})
+
+    def decode(self, packet: bytes | wire.Packet) -> Mapping[str, Tensor]:
+        """The tree that was encoded."""
+        packet = packet if isinstance(packet, wire.Packet) else wire.Packet(packet)
+        return self._trees[packet.meta["tree"]]
+
+    def size(self, tree: Mapping[str, Tensor]) -> int:
+        """Bytes of the packet that the codec would make of `tree`."""
+        key = _key(tree)
+        if key not in self._sizes:
+            try:
+                self._sizes[key] = self._measure(tree)
+            except RuntimeError:  # this codec looks at values: zeros then, which take no memory until it does
+                self._sizes[key] = self._measure({k: _hollow(t) for k, t in tree.items()})
+        return self._sizes[key]
+
+    def _measure(self, tree: Mapping[str, Tensor]) -> int:
+        # error feedback looks at values, but its packets are those of the codec within, under its name
+        inner = self.inner.codec if isinstance(self.inner, Feedback) else self.inner
+        parts, meta = inner._packed(tree, None)
+        return wire.size(parts, meta | {"codec": str(self.inner)})
 
 
 @dataclass(frozen=True)
 class Sized(Result):
-    """A result whose packet holds names only, and the size that the real one would have."""
+    """A result with the size that its packet would have."""
 
     bytes: int = 0
 
@@ -75,28 +115,21 @@ class Sized(Result):
 
 
 class ShapeExecutor:
-    """Gives every job's packet size without training."""
+    """Does every job but its training. Clients' memories stay here, because shapes cannot be put into packets."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.tasks: dict[int, Task] = {}
-        self.sizes: dict[tuple[str, ...], int] = {}
+        self.memory: dict[int, Tree] = {}
 
     def submit(self, task: Task) -> None:
         self.tasks[task.job.id] = task
 
     def result(self, job: int) -> Result:
-        task = self.tasks.pop(job)
-        s = self.setting
-        local = Local(
-            task.job.client, task.view, {}, task.job.turn, s.turns, task.job.visit, s.seed, s.trainer, task.traits
-        )  # fmt: skip
-        update = s.method.train(local, task.view)
-        names = tuple(update)
-        if names not in self.sizes:
-            self.sizes[names] = s.codec.size(update)
-        blob = wire.pack({k: torch.empty(0) for k in names}, {"codec": str(s.codec), "tensors": {}})
-        return Sized(blob, {}, 1.0, {}, self.sizes[names])
+        t, codec = self.tasks.pop(job), self.setting.codec
+        done = work(self.setting, t.job, t.view, self.memory.get(t.job.client, {}), t.rows, t.traits)
+        self.memory[t.job.client] = done.memory
+        return Sized(done.blob, {}, done.weight, {}, codec.size(codec.decode(done.blob)))
 
     def forget(self, job: int) -> None:
         self.tasks.pop(job, None)
@@ -116,10 +149,11 @@ def plan(recipe: Recipe, rows: Sequence[int] | None = None) -> dict[str, Any]:
         each its bytes, jobs, busy share of the run and `memory` (see `hocket.models.memory.Memory`).
     """
     method, schedule = recipe.build_method(), recipe.build_schedule()
-    up, down = recipe.build_codec("up"), recipe.build_codec("down")
+    up: Any = ShapeCodec(recipe.build_codec("up"))
+    down: Any = ShapeCodec(recipe.build_codec("down"))
     model = skeleton(recipe.model.source, task=recipe.model.task, num_labels=recipe.model.num_labels)
     view = views.make(model, method, recipe.model.task, recipe.seed)
-    start = {k: _hollow(view.params[k]) for k in sorted(view.params)}
+    start = {k: torch.empty_like(view.params[k], device="meta") for k in sorted(view.params)}
     shapes: Any = ShapeMethod(method)
     n = recipe.clients.count
     steps = [recipe.training.steps(rows[c] if rows else 1) for c in range(n)]
@@ -182,3 +216,8 @@ def _memory(recipe: Recipe, method: Method, view: views.View, ahead: int, feedba
 def _hollow(like: Tensor) -> Tensor:
     """A tensor of that shape and dtype that takes no memory."""
     return torch.zeros((), dtype=like.dtype).expand(like.shape)
+
+
+def _key(tree: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """Names, shapes and dtypes."""
+    return tuple((k, t.shape, t.dtype) for k, t in tree.items())

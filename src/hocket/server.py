@@ -12,7 +12,7 @@ Engines own time and transport. Everything the server knows is in `state_dict()`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,10 +51,11 @@ class Server:
                 f"plus their own updates in flight, which needs an additive step; method '{method.name}' with its "
                 f"server optimizer has none: use server_optimizer = 'sgd' or schedule 'sync'"
             )
-        self.method, self.schedule, self.turns, self.seed = method, schedule, turns, seed
+        self.method, self.schedule, self.seed = method, schedule, seed
+        self.turns = method.prelude + turns
         self.clients = {c.id: c for c in clients}
         self.preloaded = preloaded
-        self.state: State = method.init(params)
+        self.state: State = method.init(params, seed)
         self.version = 0
         self.next_id = 0
         self.buffer: list[Update] = []
@@ -87,11 +88,7 @@ class Server:
 
     def _ask(self, client: int, turn: int) -> Job:
         since = self.held.get(client, 0 if self.preloaded else -1)
-        view = self.method.send(self.state, self.clients[client], self.version)
-        params = self.state.get("params", {})
-        payload = {
-            k: v for k, v in view.items() if v is not params.get(k) or self.changed.get(k, 0) > since or since < 0
-        }
+        payload = self._ship(client, since)
         visit = self.visits.get(client, 0)
         own: tuple[int, ...] = ()
         if self.schedule.ahead:
@@ -107,6 +104,16 @@ class Server:
             r["asked"][client] = r["asked"].get(client, 0) + 1
             r["open"] += 1
         return replace(job, payload=payload)
+
+    def _ship(self, client: int, since: int) -> Tree:
+        return self.method.ship(self.state, self.clients[client], self.version, since, self.changed)
+
+    def latest(self, job: Job) -> Tree | None:
+        """What the job's client would have been sent had it held the version before; None if it did, or had less to
+        fetch than that. The rest of its payload is catching up. Ask right after `poll`."""
+        since = job.version - 1
+        behind = job.since is not None and job.since < since and not self.method.rebuilds
+        return self._ship(job.client, since) if behind else None
 
     # --- hearing ------------------------------------------------------------------------------------------------
     def computed(self, job: Job) -> None:
@@ -206,8 +213,3 @@ class Server:
         self.online = set(saved["online"])
         self.outstanding = {j["id"]: Job(**{**j, "own": tuple(j["own"])}) for j in saved["outstanding"]}
         self.buffer = [Update(**u, payload=payload(u["job"])) for u in saved["buffer"]]
-
-
-def everyone(rows: Iterable[int]) -> list[Client]:
-    """Clients 0, 1, ... holding that many rows each."""
-    return [Client(i, n) for i, n in enumerate(rows)]

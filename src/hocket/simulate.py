@@ -7,7 +7,7 @@ and it steps before anyone is asked again. `state_dict` after any event resumes 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from hocket.codecs import Codec
 from hocket.downlink import Downlink
 from hocket.errors import Interrupted, RunError
 from hocket.executors import Executor, Task
+from hocket.flight import Flight, dump, restore
 from hocket.ledger import Ledger
 from hocket.methods import Job, Update
 from hocket.server import Server
@@ -25,23 +26,6 @@ from hocket.store import Spool
 from hocket.tree import Tree, generator
 
 PATIENCE = 1000  # joins and leaves without anybody to ask before a run is called stuck
-
-
-@dataclass
-class Flight:
-    """A job between being asked and being heard of. `view` is dropped once the job is computed."""
-
-    job: Job
-    view: Tree | None
-    bytes: int
-    down: tuple[float, float]
-    compute: tuple[float, float]
-    doomed: bool
-    up: tuple[float, float] | None = None
-    up_bytes: int = 0
-    weight: float = 0.0
-    metrics: dict[str, float] | None = None
-    abandoned: bool = False
 
 
 class Simulation:
@@ -55,6 +39,8 @@ class Simulation:
         ledger, spool: the record, and the place of packets in flight.
         evaluate: metrics of the exported view, or None; called at version 0, every `evaluate_every` versions and last.
         on_event: called after every event, when the state may be saved; may raise `Interrupted`.
+        catch_up: whether what a client missed before the last version costs time and counts as moved; it is written
+            down either way.
     """
 
     def __init__(
@@ -70,11 +56,13 @@ class Simulation:
         evaluate: Callable[[Tree], dict[str, Any]] | None = None,
         evaluate_every: int = 1,
         on_event: Callable[[], None] = lambda: None,
+        catch_up: bool = True,
     ) -> None:
         self.server, self.devices, self.steps = server, devices, steps
         self.downlink, self.up, self.executor = Downlink(down, server), up, executor
         self.ledger, self.spool = ledger or Ledger(), spool or Spool()
         self.evaluate, self.evaluate_every, self.on_event = evaluate, evaluate_every, on_event
+        self.catch_up = catch_up
         self.clock = Clock()
         self.flights: dict[int, Flight] = {}
         self.queues: dict[int, list[int]] = {}  # each client's jobs not yet computed, in order
@@ -146,7 +134,8 @@ class Simulation:
     # --- asking -------------------------------------------------------------------------------------------------
     def _send(self, job: Job) -> None:
         device = self.devices[job.client]
-        view, size = self.downlink.send(job, self.server)
+        download = self.downlink.send(job, self.server)
+        size = download.bytes - (0 if self.catch_up else download.catch_up)
         lane: Lane = "down" if device.duplex else "link"
         start, end = self.clock.occupy(job.client, lane, self.clock.now, size / (device.down_mb_s * 1e6))
         seconds = self.steps[job.client] * device.step_seconds
@@ -154,7 +143,9 @@ class Simulation:
         doomed = device.loss > 0 and bool(
             torch.rand((), generator=generator(self.server.seed, "loss", job.id)) < device.loss
         )
-        self.flights[job.id] = Flight(replace(job, payload={}), view, size, (start, end), compute, doomed)
+        self.flights[job.id] = Flight(
+            replace(job, payload={}), download.view, size, download.catch_up, (start, end), compute, doomed
+        )
         self.clock.schedule(compute[1], "computed", job.id)
         if job.deadline is not None:
             self.clock.schedule(self.clock.now + job.deadline, "deadline", job.id)
@@ -176,7 +167,7 @@ class Simulation:
     # --- hearing ------------------------------------------------------------------------------------------------
     def _on_computed(self, key: int) -> None:
         flight = self.flights.get(key)
-        if flight is None:
+        if flight is None or self.clock.now != flight.compute[1]:  # gone, or moved to another time
             return
         client, device = flight.job.client, self.devices[flight.job.client]
         if flight.doomed:
@@ -235,6 +226,24 @@ class Simulation:
             flight.abandoned = True
             self.server.lost(flight.job)
             self._lost(flight.job, "deadline")
+            if key in self.queues.get(flight.job.client, [])[1:]:
+                self._cancel(key)
+
+    def _cancel(self, key: int) -> None:
+        """Drop a job that its client has not begun: nobody wants it, and those behind it start the sooner."""
+        flight = self.flights.pop(key)
+        self._end_lanes(flight)
+        client = flight.job.client
+        queue = self.queues[client]
+        at = queue.index(key)
+        queue.remove(key)
+        end = self.flights[queue[at - 1]].compute[1]
+        for later in (self.flights[k] for k in queue[at:]):
+            start = max(end, later.down[1] + self.devices[client].latency)
+            end = start + later.compute[1] - later.compute[0]
+            later.compute = start, end
+            self.clock.schedule(end, "computed", later.job.id)
+        self.clock.vacate(client, "compute", end)
 
     def _on_join(self, client: int) -> None:
         self.server.joined(client)
@@ -268,7 +277,7 @@ class Simulation:
         common = {"client": job.client, "job": job.id, "turn": job.turn, "version": job.version}
         metrics = {k: (flight.metrics or {}).get(k) for k in ("loss", "steps", "skipped")}
         for what, lane, size, more in (
-            ("down", flight.down, flight.bytes, {}),
+            ("down", flight.down, flight.bytes, {"catch_up": flight.catch_up or None}),
             ("compute", flight.compute, 0, metrics),
             ("up", flight.up, flight.up_bytes, {}),
         ):
@@ -293,20 +302,11 @@ class Simulation:
 
     # --- saving -------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """Everything between two events. Trees that flights share stay shared."""
-        views: list[Tree] = []
-        index: dict[int, int] = {}
-        flights = []
-        for f in self.flights.values():
-            if f.view is not None and id(f.view) not in index:
-                index[id(f.view)] = len(views)
-                views.append(f.view)
-            flights.append({**vars(f), "job": vars(f.job), "view": None if f.view is None else index[id(f.view)]})
+        """Everything between two events."""
         return {
             "server": self.server.state_dict(),
             "clock": self.clock.state_dict(),
-            "views": views,
-            "flights": flights,
+            "flights": dump(self.flights.values()),
             "queues": self.queues,
             "memory": self.memory,
             "downlink": self.downlink.state_dict(),
@@ -324,13 +324,7 @@ class Simulation:
         self.ledger.load_totals(saved["ledger"])
         self.server.load_state_dict(saved["server"], lambda job: self.up.decode(self.spool.get(f"up/{job}")))
         self.clock.load_state_dict(saved["clock"])
-        self.flights = {}
-        for f in saved["flights"]:
-            lanes = {k: tuple(f[k]) if f[k] is not None else None for k in ("down", "compute", "up")}
-            view = None if f["view"] is None else saved["views"][f["view"]]
-            self.flights[f["job"]["id"]] = Flight(
-                **{**f, **lanes, "job": Job(**{**f["job"], "own": tuple(f["job"]["own"])}), "view": view}
-            )
+        self.flights = restore(saved["flights"])
         self.queues, self.memory = saved["queues"], saved["memory"]
         self.downlink.load_state_dict(saved["downlink"])
         self.quiet, self.due = saved["quiet"], saved["due"]

@@ -109,6 +109,43 @@ class TorchTrainer:
                 p.grad = None
             self.view.place({k: start[k] for k in names})
 
+    def gradient_norms(self, local: Local, start: Tree) -> dict[str, float]:
+        """Root mean square, over one job's batches, of the norm of each tensor's gradient at `start`. A gradient is
+        measured and freed as soon as it is there, so this needs memory for the largest one only."""
+        self.view.place(start)
+        squares = dict.fromkeys(sorted(start), 0.0)
+        model, hooks = self.view.model, []
+
+        def measure(name: str) -> Callable[[Tensor], None]:
+            def hook(p: Tensor) -> None:
+                assert p.grad is not None  # the hook is called once it is there
+                squares[name] += float(torch.linalg.vector_norm(p.grad, dtype=torch.float64)) ** 2
+                p.grad = None
+
+            return hook
+
+        try:
+            for k in squares:
+                p = self.view.params[k].requires_grad_(True)
+                hooks.append(p.register_post_accumulate_grad_hook(measure(k)))
+            model.eval()
+            batches = 0
+            for micro in self._batches(local):
+                for batch in micro:
+                    if self.interrupted():
+                        raise Interrupted
+                    with autocast(self.view.device, self.config.precision):
+                        total, _ = self._loss(model, batch)
+                    (total / max(_count(batch), 1)).backward()
+                    batches += 1
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for k in squares:
+                self.view.params[k].requires_grad_(False)
+        local.metrics["examples"] = float(self.config.batch_size * batches)
+        return {k: (v / max(batches, 1)) ** 0.5 for k, v in squares.items()}
+
     def _steps(self, local: Local, names: list[str], live: list[nn.Parameter], start: Tree, prox: float) -> None:
         c, device, model = self.config, self.view.device, self.view.model
         optimizer = self._optimizer(local, names, live)

@@ -16,8 +16,13 @@ from hocket.schedules import schedule
 from hocket.tree import digest, nbytes
 
 METHODS: dict[str, Any] = {name: {"name": name} for name in method.names()}
-for name in ("fedit", "ffa-lora"):
+for name in ("fedit", "ffa-lora", "flora"):
     METHODS[name] |= {"rank": 2}
+METHODS["fedcybgd"] |= {"layers_per_block": 1}
+METHODS |= {
+    "fedbcd+gradient": {"name": "fedbcd", "layers_per_block": 1, "order": "gradient"},
+    "fedcybgd+half": {"name": "fedcybgd", "layers_per_block": 1, "download": 0.5},
+}
 METHODS |= {
     f"fedavg+{o}": {"name": "fedavg", "server_optimizer": o, "server_lr": 0.01}
     for o in ("momentum", "adagrad", "adam", "yogi")
@@ -91,7 +96,7 @@ def test_resume_after_every_event_is_bit_identical(meth: str, sched: str, up: st
 def test_lost_clients_neither_hang_nor_stop_the_run(meth: str, sched: str) -> None:
     w = world(meth, sched, loss=0.3)
     w.simulation.run()
-    assert w.simulation.server.version == 3
+    assert w.simulation.server.version == w.simulation.server.turns
     assert all(torch.isfinite(v).all() for v in w.final.values())
     assert not w.simulation.flights or w.simulation.finished
 
@@ -111,13 +116,14 @@ def test_one_client_is_local_training(meth: str) -> None:
     w = world(meth, "sync", clients=1)
     by_hand = world(meth, "sync", clients=1)
     w.simulation.run()
-    m, values = by_hand.simulation.server.method, dict(by_hand.final)
-    from hocket.methods import Local
+    m, state = by_hand.simulation.server.method, by_hand.simulation.server.state
+    from hocket.methods import Local, Update
 
     for turn in range(3):
+        values = state["params"]
         local = Local(0, values, {}, turn, 3, turn, 7, by_hand.trainer)
-        delta = m.train(local, values)
-        values = {k: v + delta[k] if k in delta else v for k, v in values.items()}
+        state = m.step(state, [Update(turn, 0, turn, turn, m.train(local, values))], [1.0])
+    values = m.export(state)
     assert digest(values) == digest(w.final)
 
 
@@ -150,7 +156,9 @@ FORMULA = {  # bytes of the payload a round and client, up, from each method's f
     "fedavg": lambda v: nbytes(v),
     "fedit": lambda v: nbytes(v),
     "ffa-lora": lambda v: nbytes({k: x for k, x in v.items() if ".lora_B." in k}),
-    "fedbcd": lambda v: nbytes(v) // 1,  # two layers, two layers per block: the one block is the whole view
+    "flora": lambda v: nbytes({k: x for k, x in v.items() if ".lora_" in k}),
+    "fedbcd": lambda v: nbytes(v),  # two layers, two layers per block: the one block is the whole view
+    "fedcybgd": lambda v: nbytes(v) // 2,
 }
 
 

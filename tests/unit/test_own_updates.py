@@ -34,7 +34,7 @@ def parablock(world: World, turns: int, staleness: int, lr: float, steps: int, w
     n, p = len(weights), [w / sum(weights) for w in weights]
     names = sorted(world.iterates[0])
     bcd = FedBCD(layers_per_block=1)
-    blocks = bcd.blocks(names)
+    blocks = bcd.cut(names)
     mine = [{k: v.clone() for k, v in world.iterates[0].items()} for _ in range(n)]
     server = [{k: v.clone() for k, v in world.iterates[0].items()}]
     sent: list[list[Tree]] = []

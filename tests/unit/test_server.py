@@ -208,7 +208,7 @@ def test_server_optimizers_follow_reddi_et_al(optimizer: str) -> None:
     eta, b1, b2, tau = 0.1, 0.9, 0.99, 1e-3
     m: Method = method.build({"name": "fedavg", "server_optimizer": optimizer, "server_lr": eta})
     deltas = [0.5, -0.25, 1.0]
-    state = m.init({"w": torch.tensor([2.0], dtype=torch.float64)})
+    state = m.init({"w": torch.tensor([2.0], dtype=torch.float64)}, 0)
     x, mom, v = 2.0, 0.0, tau**2
     for d in deltas:
         state = m.step(state, [Update(0, 0, 0, 0, {"w": torch.tensor([d], dtype=torch.float64)})], [1.0])

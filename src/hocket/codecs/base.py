@@ -88,6 +88,9 @@ class Decoded(Mapping[str, Tensor]):
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise WireError(f"{self.packet.where}: tensor '{name}' cannot be decoded: {error!r}") from error
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts  # a look, without decoding
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 
@@ -100,7 +103,15 @@ def build(spec: Any) -> Codec:
     return codec.build(spec)
 
 
-Nested = Annotated[Codec, BeforeValidator(build)]
+def _inner(spec: Any) -> Codec:
+    """A codec inside another: any but error feedback, which has one memory per tensor and so is outermost."""
+    inner = build(spec)
+    if isinstance(inner, Feedback):
+        raise ValueError("feedback cannot be inside another codec; put it around the whole, once: feedback(chain(...))")
+    return inner
+
+
+Nested = Annotated[Codec, BeforeValidator(_inner)]
 
 
 @codec("raw")
@@ -168,7 +179,8 @@ class PerTensor(Codec):
 @dataclass(frozen=True, config=PLAIN)
 class Feedback(Codec):
     """Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847): what a codec loses now is added to
-    the next update. With e the sender's memory of this tensor: send C(x + e), then e <- x + e - C(x + e).
+    the next update. With e the sender's memory of this tensor: send C(x + e), then e <- x + e - C(x + e). It is
+    outermost: `feedback(per_tensor(...))`.
     """
 
     codec: Nested = Field(description="the lossy codec whose error is carried over")

@@ -83,6 +83,9 @@ class Trainer(Protocol):
     def loss(self, params: Tree, batch: Any) -> torch.Tensor:
         """Loss of the model with `params` in place; no gradient."""
 
+    def gradient_norms(self, local: Local, start: Tree) -> dict[str, float]:
+        """Norm of the gradient of each tensor in `start` at `start`: root mean square over one job's batches."""
+
 
 @plain_dataclass
 class Local:
@@ -144,18 +147,43 @@ class Method:
     view: ClassVar[Literal["full", "blocks", "lora"]] = "full"
     """Which parameters can move at all; the rest is frozen and shared."""
 
+    rebuilds: ClassVar[bool] = False
+    """Whether clients begin every job at the start model plus what is sent, whatever they held before."""
+
     @property
     def additive(self) -> bool:
         """Whether the server's step adds the mean delta, so that a client can add its own update ahead of it."""
         return self.server_optimizer == "sgd"
 
-    def init(self, params: Tree) -> State:
-        """Server state at version 0 from the trainable view of the start model."""
+    @property
+    def prelude(self) -> int:
+        """Aggregations before the first training turn, whose outcome clients must hear before they can train."""
+        return 0
+
+    def init(self, params: Tree, seed: int) -> State:
+        """Server state at version 0 from the trainable view of the start model, and the run's seed."""
         return {"params": dict(params), "slots": {}}
 
     def send(self, state: State, client: Client, version: int) -> Tree:
-        """The whole logical view of `client`; the core ships the difference to what the client holds."""
+        """The whole logical view of `client`; `ship` takes what it lacks from it."""
         return state["params"]
+
+    def ship(self, state: State, client: Client, version: int, since: int, changed: Mapping[str, int]) -> Tree:
+        """What travels to a client that holds version `since` (below 0: nothing) so that it holds `version`.
+
+        Tensors of the view replace the client's. Others are named `<version>/...`, one set for each version that the
+        client missed, and `load` applies them in order.
+
+        Args:
+            changed: version in which each tensor of the state last changed, if ever.
+        """
+        params = state["params"]
+        view = self.send(state, client, version)
+        return {k: v for k, v in view.items() if v is not params.get(k) or changed.get(k, 0) > since or since < 0}
+
+    def load(self, held: Tree, payload: Mapping[str, torch.Tensor]) -> Tree:
+        """What a client holds once `payload`, made by `ship`, has arrived."""
+        return held | dict(payload)
 
     def trains(self, local: Local) -> Callable[[str], bool]:
         """Which tensors this client moves and uploads in this job."""

@@ -15,19 +15,21 @@ this follows the FFA paper and freezes A.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, Literal
+import re
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal, TypeVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from hocket.methods.base import PLAIN, Local, Method, method
 
+T = TypeVar("T")
 
-@method("fedit")
+
 @dataclass(frozen=True, config=PLAIN)
-class FedIT(Method):
-    """Federated averaging of LoRA's A and B, each for itself."""
+class LoRA(Method):
+    """A method that moves low-rank adapters (and a new head) beside frozen weights."""
 
     rank: int = Field(default=8, ge=1, description="adapter rank r")
     alpha: float = Field(default=16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / r")
@@ -39,11 +41,27 @@ class FedIT(Method):
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="module name pattern = its own alpha")
 
     view: ClassVar[Literal["full", "blocks", "lora"]] = "lora"
+    merges: ClassVar[bool] = False
+    """Whether the server writes into the adapted weights, so that they belong to the view."""
+
+    def scale(self, module: str) -> float:
+        """s = alpha / r of a module, patterns matched as peft matches them."""
+        return _of(module, self.alpha_pattern, self.alpha) / _of(module, self.rank_pattern, self.rank)
+
+
+def _of(module: str, patterns: Mapping[str, T], default: T) -> T:
+    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
+
+
+@method("fedit")
+@dataclass(frozen=True, config=PLAIN)
+class FedIT(LoRA):
+    """Federated averaging of LoRA's A and B, each for itself."""
 
 
 @method("ffa-lora")
 @dataclass(frozen=True, config=PLAIN)
-class FFALoRA(FedIT):
+class FFALoRA(LoRA):
     """LoRA with A frozen and common to all clients: half the bytes and an exact mean."""
 
     def trains(self, local: Local) -> Callable[[str], bool]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hocket.errors import RecipeError
 from hocket.methods import Method
-from hocket.methods.fedbcd import LAYER
+from hocket.methods.blocks import LAYER
 from hocket.tree import Tree, generator
 
 
@@ -27,10 +27,12 @@ class View:
     Attributes:
         model: the transformers or peft model; its parameters outside the view are frozen.
         params: logical name to parameter.
+        transposed: names of parameters that the model keeps as in x out; outside they are out x in, as in nn.Linear.
     """
 
     model: Any
     params: dict[str, nn.Parameter]
+    transposed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for p in self.model.parameters():
@@ -40,7 +42,7 @@ class View:
 
     def start(self) -> Tree:
         """The values in place, on the CPU; a model on the CPU shares them with the server's state, without a copy."""
-        tree = {k: self.params[k].data.cpu() for k in sorted(self.params)}
+        tree = {k: self._turned(k, self.params[k].data.cpu()) for k in sorted(self.params)}
         self._placed = dict(tree)
         return tree
 
@@ -50,8 +52,11 @@ class View:
         """
         for k, v in values.items():
             if self._placed.get(k) is not v:
-                self.params[k].data = v.to(self.device)
+                self.params[k].data = self._turned(k, v.to(self.device))
                 self._placed[k] = v
+
+    def _turned(self, name: str, x: Tensor) -> Tensor:
+        return x.T if name in self.transposed else x
 
     def loosen(self, name: str) -> nn.Parameter:
         """Give a parameter its own memory and let it train; `place` puts the old value back later."""
@@ -111,14 +116,21 @@ def _lora(model: Any, method: Any, task: str, seed: int) -> View:
         raise RecipeError(
             f"method.targets: {error}; leaf modules of {type(model).__name__}: {', '.join(modules)}"
         ) from error
-    params = {}
+    params, transposed = {}, set()
     for name, p in wrapped.named_parameters():
-        if p.requires_grad:
+        if "lora_embedding_" in name:
+            raise RecipeError("method.targets: adapters on embeddings are not supported; name linear modules only")
+        if method.merges and name.endswith(".base_layer.weight"):
+            params[name] = p
+            module = wrapped.get_submodule(name.removesuffix(".weight"))
+            if type(module).__name__ == "Conv1D":
+                transposed.add(name)
+        elif p.requires_grad:
             logical = name.replace(".default.", ".").removesuffix(".default").replace(".modules_to_save.", ".")
             params[logical] = p
             if ".lora_A." in name:  # keyed by name, so that it is the same on every client and in every process
                 p.data = _kaiming(p.data, generator(seed, "lora", logical))
-    return View(wrapped, params)
+    return View(wrapped, params, frozenset(transposed))
 
 
 def _kaiming(like: Tensor, g: torch.Generator) -> Tensor:

@@ -51,7 +51,9 @@ class Sync(Schedule):
 
     def wants(self, server: Server) -> list[tuple[int, int]]:
         pairs = []
-        for turn in range(server.version, min(server.version + self.ahead + 1, server.turns)):
+        prelude = server.method.prelude  # what training turns depend on must have been heard of before they start
+        end = prelude if server.version < prelude else min(server.version + self.ahead + 1, server.turns)
+        for turn in range(server.version, end):
             if turn not in server.rounds:
                 pairs += [(c, turn) for c in self._open(server, turn)]
             else:
@@ -61,11 +63,19 @@ class Sync(Schedule):
     def _open(self, server: Server, turn: int) -> list[int]:
         online = sorted(server.online)
         goal = self.cohort if isinstance(self.cohort, int) else math.ceil(self.cohort * len(online) - 1e-9)
+        if len(online) < self.minimum:
+            return []  # a turn that could never have enough waits for others to join
         goal = min(goal, len(online))
-        chosen = server.sample(online, math.ceil(goal * self.over_selection - 1e-9), "cohort", turn)
+        chosen = self._choose(server, turn, online, math.ceil(goal * self.over_selection - 1e-9))
         if chosen:
             server.rounds[turn] = {"goal": goal, "asked": {}, "open": 0, "arrived": 0}
         return chosen
+
+    def _choose(self, server: Server, turn: int, online: list[int], count: int) -> list[int]:
+        """The turn's cohort; those still busy with an earlier turn that is not waited for come last."""
+        late = {j.client for j in server.outstanding.values() if j.turn < server.version}
+        order = server.sample(online, len(online), "cohort", turn)
+        return sorted(order, key=lambda c: c in late)[:count]
 
     def _replace(self, server: Server, turn: int) -> list[int]:
         """Others for those lost, only as many as the minimum needs; the least asked first."""

@@ -1,0 +1,60 @@
+"""A job between being asked and being heard of, on the virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from hocket.methods import Job
+from hocket.tree import Tree
+
+
+@dataclass
+class Flight:
+    """One job's way through its client's three lanes.
+
+    Attributes:
+        view: what the client computes with; dropped once it has.
+        bytes, catch_up: of the download, and how many of them (or beside them, if free) are catching up.
+        down, compute, up: (start, end) on each lane, in seconds; `compute` can still move while the job waits.
+        doomed: it will be lost on the client.
+        abandoned: the server does not wait for it any more.
+    """
+
+    job: Job
+    view: Tree | None
+    bytes: int
+    catch_up: int
+    down: tuple[float, float]
+    compute: tuple[float, float]
+    doomed: bool
+    up: tuple[float, float] | None = None
+    up_bytes: int = 0
+    weight: float = 0.0
+    metrics: dict[str, float] | None = None
+    abandoned: bool = False
+
+
+def dump(flights: Iterable[Flight]) -> dict[str, Any]:
+    """Flights as plain data and trees; trees that flights share stay shared."""
+    views: list[Tree] = []
+    index: dict[int, int] = {}
+    rows = []
+    for f in flights:
+        if f.view is not None and id(f.view) not in index:
+            index[id(f.view)] = len(views)
+            views.append(f.view)
+        rows.append({**vars(f), "job": vars(f.job), "view": None if f.view is None else index[id(f.view)]})
+    return {"views": views, "flights": rows}
+
+
+def restore(saved: dict[str, Any]) -> dict[int, Flight]:
+    """Flights by job, from what `dump` gave."""
+    flights = {}
+    for f in saved["flights"]:
+        lanes = {k: tuple(f[k]) if f[k] is not None else None for k in ("down", "compute", "up")}
+        job = Job(**{**f["job"], "own": tuple(f["job"]["own"])})
+        view = None if f["view"] is None else saved["views"][f["view"]]
+        flights[job.id] = Flight(**{**f, **lanes, "job": job, "view": view})
+    return flights

@@ -1,0 +1,62 @@
+"""What block methods share: how a model is cut into blocks.
+
+Blocks are runs of consecutive layers, lowest first. A partial layer is its attention or its MLP half (each with the
+norm that feeds it). Embeddings, final norm and head are in no block unless `extras` is set, as in BAdam
+(Luo et al. 2024, https://arxiv.org/abs/2404.02827).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from hocket.methods.base import PLAIN, Method
+
+LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
+# post_attention_layernorm is not in it: that norm feeds the MLP
+ATTENTION = re.compile(r"(?:attn|attention)\.|input_layernorm|\.ln_1\.")
+
+
+@dataclass(frozen=True, config=PLAIN)
+class BlockMethod(Method):
+    """A method that moves one block of the model at a time."""
+
+    layers_per_block: int = Field(default=2, ge=1, description="consecutive layers in one block")
+    blocks: Annotated[
+        int | None, Field(ge=1, description="number of blocks, as equal as can be; replaces layers_per_block")
+    ] = None
+    partial: bool = Field(default=False, description="split each block into its attention and its MLP half")
+    extras: bool = Field(default=False, description="also make blocks of the embeddings, the final norm and the head")
+
+    view: ClassVar[Literal["full", "blocks", "lora"]] = "blocks"
+
+    def cut(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+        """The tensors of each block, lowest layers first. Raises `ValueError` if there are no or too few layers."""
+        return _cut(tuple(sorted(names)), self.layers_per_block, self.blocks, self.partial, self.extras)
+
+
+@lru_cache(maxsize=16)
+def _cut(
+    names: tuple[str, ...], per_block: int, blocks: int | None, partial: bool, extras: bool
+) -> tuple[tuple[str, ...], ...]:
+    """Group tensor names into blocks; pure, so the cache only saves time."""
+    layers = sorted({int(match[1]) for name in names if (match := LAYER.search(name))})
+    if not layers:
+        raise ValueError(f"no layers found among {len(names)} tensors (first: {names[:1]}); use method 'fedavg'")
+    if blocks is not None and blocks > len(layers):
+        raise ValueError(f"method.blocks: {blocks} blocks for {len(layers)} layers; use at most {len(layers)}")
+    block = {n: i // per_block if blocks is None else i * blocks // len(layers) for i, n in enumerate(layers)}
+    found: dict[tuple[int, int], list[str]] = {}
+    other: list[str] = []
+    for name in names:
+        if match := LAYER.search(name):
+            half = 0 if not partial or ATTENTION.search(name) else 1
+            found.setdefault((block[int(match[1])], half), []).append(name)
+        else:
+            other.append(name)
+    return (*(tuple(found[key]) for key in sorted(found)), *((name,) for name in (other if extras else [])))
