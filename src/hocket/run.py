@@ -65,6 +65,7 @@ def start(recipe: Recipe, out: Path, listener: Listener | None = None, stop: Sto
     """
     folder = store.RunFolder(out, new=True)
     try:
+        folder.manifest.unlink(missing_ok=True)  # of a run that was stopped before it began
         folder.recipe.write_text(recipe.to_toml())
         return _go(recipe, folder, listener, stop or Stop())
     finally:
@@ -92,8 +93,9 @@ def resume(out: Path, listener: Listener | None = None, stop: Stop | None = None
 def _go(recipe: Recipe, folder: store.RunFolder, listener: Listener | None, stop: Stop) -> Path:
     saved: dict[str, Any] | None = None
     warnings: list[str] = []
+    spool = store.Spool(folder.spool, recipe.engine.spool_mb << 20)
     if any(folder.checkpoints.glob("*.hkt")):
-        saved, warnings = store.load(folder.checkpoints, recipe.hash)
+        saved, warnings = store.load(folder.checkpoints, recipe.hash, spool)
         if saved["finished"]:
             raise StoreError(f"'{folder.path}' has finished; `hocket report {folder.path}` shows it")
     if listener:
@@ -104,18 +106,20 @@ def _go(recipe: Recipe, folder: store.RunFolder, listener: Listener | None, stop
         experiment = Experiment(recipe, stop)
         if stop():
             raise Interrupted
-        before = _wall(folder)
-        _write_manifest(folder, experiment, before)
+        created, before = _before(folder)
+        _write_manifest(folder, experiment, created, before)
         if listener:
             listener({"what": "data", "table": experiment.data.table()})
         ledger = Ledger(folder.ledger, saved["engine"]["ledger"]["position"] if saved else 0, listener)
         executor = _executor(experiment, stop)
+        finished = None
         try:
-            simulation = _simulation(experiment, folder, ledger, executor, saved, stop)
+            simulation = _simulation(experiment, spool, ledger, executor, saved)
             _loop(simulation, recipe, folder, stop)
+            finished = _now()
         finally:
             executor.close()
-            _write_manifest(folder, experiment, before + time.monotonic() - began)
+            _write_manifest(folder, experiment, created, before + time.monotonic() - began, finished)
         ledger.close()
     return folder.path
 
@@ -129,35 +133,35 @@ def _executor(experiment: Experiment, stop: Stop) -> Executor:
 
 
 def _simulation(
-    experiment: Experiment, folder: store.RunFolder, ledger: Ledger, executor: Executor, saved: Any, stop: Stop
-) -> Simulation:  # fmt: skip
+    experiment: Experiment, spool: store.Spool, ledger: Ledger, executor: Executor, saved: dict[str, Any] | None
+) -> Simulation:
     recipe = experiment.recipe
     simulation = Simulation(
         experiment.server(), recipe.devices(), experiment.steps, experiment.down, experiment.up, executor, ledger,
-        store.Spool(folder.spool, recipe.engine.spool_mb << 20), experiment.evaluate, recipe.evaluation.every,
+        spool, experiment.evaluate, recipe.evaluation.every, recipe.evaluation.start,
+        catch_up=recipe.clients.catch_up == "charged",
     )  # fmt: skip
     if saved is not None:
         simulation.load_state_dict(saved["engine"])
-    simulation.spool.sweep()
+    spool.sweep()
     return simulation
 
 
 def _loop(simulation: Simulation, recipe: Recipe, folder: store.RunFolder, stop: Stop) -> None:
     """Run to the end with a checkpoint every few turns, and one when asked to stop."""
-    done = {"version": simulation.server.version, "files": simulation.spool.files}
+    last = simulation.server.version
 
     def checkpoint() -> None:
         state = {"engine": simulation.state_dict(), "finished": simulation.finished}
-        store.save(folder.checkpoints, simulation.events, state, recipe.hash)
-        simulation.spool.tidy(keep=done["files"] | simulation.spool.files)  # type: ignore[operator]
-        done["files"] = simulation.spool.files
+        store.save(folder.checkpoints, simulation.events, state, recipe.hash, simulation.spool)
 
     def on_event() -> None:
+        nonlocal last
         if stop():
             raise Interrupted
-        if simulation.server.version >= done["version"] + recipe.engine.checkpoint_every:  # type: ignore[operator]
+        if simulation.server.version >= last + recipe.engine.checkpoint_every:
             checkpoint()
-            done["version"] = simulation.server.version
+            last = simulation.server.version
 
     simulation.on_event = on_event
     try:
@@ -168,14 +172,22 @@ def _loop(simulation: Simulation, recipe: Recipe, folder: store.RunFolder, stop:
     checkpoint()
 
 
-def _wall(folder: store.RunFolder) -> float:
+def _before(folder: store.RunFolder) -> tuple[str, float]:
+    """When the run was first started, and the seconds it has taken until now."""
     try:
-        return float(json.loads(folder.manifest.read_text())["wall_seconds"])
+        manifest = json.loads(folder.manifest.read_text())
+        return str(manifest["created"]), float(manifest["wall_seconds"])
     except (OSError, ValueError, KeyError, TypeError):
-        return 0.0
+        return _now(), 0.0
 
 
-def _write_manifest(folder: store.RunFolder, experiment: Experiment, wall: float) -> None:
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _write_manifest(
+    folder: store.RunFolder, experiment: Experiment, created: str, wall: float, finished: str | None = None
+) -> None:
     recipe, view = experiment.recipe, experiment.view
     clients = [
         {
@@ -192,11 +204,13 @@ def _write_manifest(folder: store.RunFolder, experiment: Experiment, wall: float
             "name": recipe.name,
             "hocket": hocket.__version__,
             "git": git_hash(),
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "created": created,
+            "finished": finished,
             "recipe_hash": recipe.hash,
             "clients": clients,
             "skipped": {k: len(v) for k, v in experiment.data.skipped.items()},
             "heldout_rows": len(experiment.data.heldout),
+            "classes": experiment.data.classes,
             "wall_seconds": round(wall, 3),
             "method": recipe.method["name"],
             "schedule": str(recipe.schedule["name"]),

@@ -1,15 +1,15 @@
 """What survives a crash: immutable blobs, atomic checkpoints, the run folder and its lock.
 
 A checkpoint is one packet file: every tensor once (shared tensors stay shared) and the plain data around them as JSON
-in the packet's meta. It is written whole or not at all; a torn one is detected by its checksum, and the one before it
-is used.
+in the packet's meta. It is written whole or not at all; one that is torn all the same, or whose blobs are gone, is
+noticed, and the one before it is used.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,7 @@ def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
 # --- blobs ---------------------------------------------------------------------------------------------------------
 class Spool:
     """Packets waiting to be read: in memory up to `budget` bytes, in files beyond, so that memory does not grow with
-    the number of clients. A blob never changes; a dropped file is deleted only when no
-    checkpoint needs it.
+    the number of clients. A blob never changes; a dropped file is deleted as soon as no kept checkpoint names it.
     """
 
     def __init__(self, folder: Path | None = None, budget: int = 64 << 20) -> None:
@@ -93,7 +92,7 @@ class Spool:
         self._memory: dict[str, bytes] = {}
         self._used = 0
         self._files: set[str] = set()
-        self._dropped: list[str] = []
+        self._named: list[set[str]] = []  # keys in files that each kept checkpoint names, oldest first
 
     def put(self, key: str, blob: bytes) -> None:
         """Keep `blob` under a key that was never used before. Raises `StoreError` if the disk is full."""
@@ -119,11 +118,7 @@ class Spool:
             self._used -= len(self._memory.pop(key))
         elif key in self._files:
             self._files.discard(key)
-            self._dropped.append(key)
-
-    def _path(self, key: str) -> Path:
-        assert self.folder is not None  # only keys that were put into files get here
-        return self.folder / f"{key.replace('/', '-')}.hkt"
+            self._delete({key})
 
     def state_dict(self) -> dict[str, Any]:
         """The blobs in memory, and the names of those in files (made durable here)."""
@@ -133,26 +128,28 @@ class Spool:
         return {"memory": dict(self._memory), "files": sorted(self._files)}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Become the spool that `state_dict` described. Raises `StoreError` if one of its files is gone or damaged."""
+        """Become the spool that `state_dict` described; its files were checked by `load`."""
         self._memory, self._files = dict(saved["memory"]), set(saved["files"])
         self._used = sum(map(len, self._memory.values()))
-        for key in sorted(self._files):
+
+    def check(self, keys: Iterable[str]) -> None:
+        """Raises `WireError` if the file of one of `keys` is gone or damaged."""
+        for key in keys:
             try:
                 wire.Packet(self._path(key))
-            except (OSError, WireError) as error:
-                raise StoreError(f"the checkpoint needs '{self._path(key)}': {error}") from error
+            except FileNotFoundError as error:
+                raise WireError(f"file '{self._path(key)}' is gone") from error
 
-    def tidy(self, keep: set[str]) -> None:
-        """Delete files that nobody needs: those dropped and not named in `keep` (older checkpoints may name some)."""
-        gone = [key for key in self._dropped if key not in keep]
-        for key in gone:
-            self._path(key).unlink(missing_ok=True)
-        self._dropped = [key for key in self._dropped if key in keep]
+    def named(self, *checkpoints: Iterable[str]) -> None:
+        """Newer checkpoints name these keys; what only a checkpoint beyond the newest `KEEP` needed is deleted."""
+        before = set().union(*self._named)
+        self._named = [*self._named, *map(set, checkpoints)][-KEEP:]
+        self._delete(before)
 
     def sweep(self) -> None:
-        """Delete files of a crashed run that this spool does not know; call it after `load_state_dict`."""
+        """Delete files of a crashed run that neither this spool nor a kept checkpoint knows; call it after loading."""
         if self.folder is not None and self.folder.exists():
-            known = {self._path(key).name for key in self._files}
+            known = {self._path(key).name for key in self._files.union(*self._named)}
             for path in sorted(self.folder.glob("*.hkt")):
                 if path.name not in known:
                     path.unlink(missing_ok=True)
@@ -162,38 +159,60 @@ class Spool:
         """Keys that live in files."""
         return set(self._files)
 
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None  # only keys that were put into files get here
+        return self.folder / f"{key.replace('/', '-')}.hkt"
+
+    def _delete(self, keys: set[str]) -> None:
+        for key in keys.difference(self._files, *self._named):
+            self._path(key).unlink(missing_ok=True)
+
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
-def save(folder: Path, step: int, state: Any, recipe_hash: str) -> Path:
-    """Write checkpoint number `step` (increasing) and delete all but the newest `KEEP`.
+def save(folder: Path, step: int, state: Any, recipe_hash: str, spool: Spool | None = None) -> Path:
+    """Write checkpoint number `step` (increasing) and delete all but the newest `KEEP`, with their files in `spool`.
 
     Raises:
         StoreError: it cannot be written (disk full); the ones before are untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors, skeleton = flatten(state)
+    files = sorted(spool.files) if spool else []
     path = folder / f"{step:010d}.hkt"
+    meta = {"format": FORMAT, "step": step, "recipe": recipe_hash, "files": files, "state": skeleton}
     try:
-        wire.write_file(path, tensors, {"format": FORMAT, "step": step, "recipe": recipe_hash, "state": skeleton})
+        wire.write_file(path, tensors, meta)
     except WireError as error:
         raise StoreError(f"no checkpoint written: {error}; the one before is whole: resume from it") from error
     for old in sorted(folder.glob("*.hkt"))[:-KEEP]:
         old.unlink(missing_ok=True)
+    if spool:
+        spool.named(files)
     return path
 
 
-def load(folder: Path, recipe_hash: str | None = None) -> tuple[Any, list[str]]:
-    """(state of the newest whole checkpoint, warnings about newer ones that are torn).
+def load(folder: Path, recipe_hash: str | None = None, spool: Spool | None = None) -> tuple[Any, list[str]]:
+    """(state of the newest whole checkpoint, warnings about newer ones that are not).
+
+    Args:
+        folder: where they are.
+        recipe_hash: of the recipe that the checkpoint must belong to.
+        spool: given to go on with the run. A checkpoint is then whole only if its files in the spool are, newer ones
+            are deleted, so that none takes the place of a good one, and the spool learns what the rest names.
 
     Raises:
         StoreError: there is none, none is whole, or it belongs to another recipe or an older format.
     """
-    warnings = []
-    for path in sorted(folder.glob("*.hkt"), reverse=True):
+    warnings, torn = [], []
+    paths = sorted(folder.glob("*.hkt"), reverse=True)
+    for path in paths:
         try:
             packet = wire.Packet(path)
+            if spool:
+                spool.check(packet.meta.get("files", []))
         except (OSError, WireError) as error:
-            warnings.append(f"checkpoint skipped: {error}")
+            warnings.append(f"checkpoint skipped: {path.name}: {error}")
+            torn += [path] if isinstance(error, WireError) else []  # what cannot be read now may be whole
             continue
         meta = packet.meta
         if meta.get("format") != FORMAT:
@@ -202,9 +221,22 @@ def load(folder: Path, recipe_hash: str | None = None) -> tuple[Any, list[str]]:
             )
         if recipe_hash is not None and meta["recipe"] != recipe_hash:
             raise StoreError(f"'{path}' belongs to another recipe (hash {meta['recipe']}, this one {recipe_hash})")
-        return unflatten(packet, meta["state"]), warnings
+        state = unflatten(packet, meta["state"])
+        if spool:
+            for bad in torn:
+                bad.unlink(missing_ok=True)
+            spool.named(*(_files(p) for p in reversed(paths) if p < path), meta.get("files", []))
+        return state, warnings
     detail = ("; ".join(warnings) + "; start the run anew") if warnings else "nothing to resume; use `hocket run`"
     raise StoreError(f"no whole checkpoint in '{folder}': {detail}")
+
+
+def _files(path: Path) -> list[str]:
+    """Keys in files that a checkpoint names; none if it cannot be read, because then it cannot be resumed from."""
+    try:
+        return list(wire.Packet(path, check=False).meta.get("files", []))
+    except (OSError, WireError):
+        return []
 
 
 # --- the run folder --------------------------------------------------------------------------------------------------

@@ -80,27 +80,89 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
     assert store.load(tmp_path, "hash")[0]["n"] == 1
 
 
-def test_spool_spills_to_disk_and_remembers_what_a_checkpoint_needs(tmp_path: Path) -> None:
-    spool = store.Spool(tmp_path / "spool", budget=300)
-    blobs = {f"up/{i}": wire.pack({"w": torch.full((20,), float(i))}) for i in range(5)}
-    for key, blob in blobs.items():
-        spool.put(key, blob)
-    assert spool.files
-    for i, key in enumerate(blobs):
-        assert float(spool.get(key)["w"][0]) == i
+def blob(i: int) -> bytes:
+    return wire.pack({"w": torch.full((20,), float(i))})
+
+
+def spooled(folder: Path, keys: str, budget: int = 0) -> store.Spool:
+    spool = store.Spool(folder / "spool", budget)
+    for i, key in enumerate(keys):
+        spool.put(f"up/{key}", blob(i))
+    return spool
+
+
+def on_disk(folder: Path) -> str:
+    return "".join(sorted(p.stem[-1] for p in (folder / "spool").glob("*.hkt")))
+
+
+def test_spool_spills_to_disk_and_comes_back(tmp_path: Path) -> None:
+    spool = spooled(tmp_path, "abcde", budget=300)
+    assert 0 < len(spool.files) < 5
     saved = store.unflatten(*store.flatten(spool.state_dict()))
-    needed = spool.files
-    gone = sorted(needed)[0]
-    spool.drop(gone)
-    spool.tidy(keep=needed)
-    assert (tmp_path / "spool" / f"{gone.replace('/', '-')}.hkt").exists()  # the checkpoint still names it
     again = store.Spool(tmp_path / "spool", budget=300)
     again.load_state_dict(saved)
-    assert float(again.get(gone)["w"][0]) == int(gone[-1])
-    spool.tidy(keep=spool.files)
-    assert not (tmp_path / "spool" / f"{gone.replace('/', '-')}.hkt").exists()
-    with pytest.raises(StoreError, match=gone.replace("/", "-")):
-        again.load_state_dict(saved)
+    for i, key in enumerate("abcde"):
+        assert float(again.get(f"up/{key}")["w"][0]) == i
+
+
+def test_a_dropped_file_goes_at_once_unless_a_kept_checkpoint_names_it(tmp_path: Path) -> None:
+    """So that a run with few checkpoints does not fill the disk."""
+    spool = spooled(tmp_path, "ab")
+    spool.drop("up/a")
+    assert on_disk(tmp_path) == "b"
+    store.save(tmp_path / "checkpoint", 1, {}, "hash", spool)
+    spool.drop("up/b")
+    spool.put("up/c", blob(2))
+    assert on_disk(tmp_path) == "bc"
+    for step in range(2, 2 + store.KEEP):
+        assert on_disk(tmp_path) == "bc"
+        store.save(tmp_path / "checkpoint", step, {}, "hash", spool)
+    assert on_disk(tmp_path) == "c"
+
+
+def test_a_resumed_run_keeps_the_files_of_every_kept_checkpoint(tmp_path: Path) -> None:
+    spool = spooled(tmp_path, "ab")
+    store.save(tmp_path / "checkpoint", 1, {"n": 1}, "hash", spool)
+    spool.drop("up/a")
+    spool.put("up/c", blob(2))
+    store.save(tmp_path / "checkpoint", 2, {"n": 2, "spool": spool.state_dict()}, "hash", spool)
+    spool.put("up/d", blob(3))  # then it crashes
+    again = store.Spool(tmp_path / "spool", 0)
+    state, _ = store.load(tmp_path / "checkpoint", "hash", again)
+    again.load_state_dict(state["spool"])
+    again.sweep()
+    assert state["n"] == 2
+    assert on_disk(tmp_path) == "abc"
+    store.save(tmp_path / "checkpoint", 3, {}, "hash", again)
+    assert on_disk(tmp_path) == "bc"
+
+
+@pytest.mark.parametrize("harm", ["gone", "damaged"])
+def test_a_checkpoint_whose_files_are_gone_or_damaged_is_skipped(tmp_path: Path, harm: str) -> None:
+    spool = spooled(tmp_path, "a")
+    store.save(tmp_path / "checkpoint", 1, {"n": 1}, "hash", spool)
+    spool.put("up/b", blob(1))
+    newest = store.save(tmp_path / "checkpoint", 2, {"n": 2}, "hash", spool)
+    path = tmp_path / "spool" / "up-b.hkt"
+    path.unlink() if harm == "gone" else path.write_bytes(path.read_bytes()[:-1] + b"!")
+    state, warnings = store.load(tmp_path / "checkpoint", "hash", store.Spool(tmp_path / "spool", 0))
+    assert state["n"] == 1
+    assert newest.name in warnings[0]
+    assert "up-b.hkt" in warnings[0]
+    assert not newest.exists()
+
+
+def test_a_torn_checkpoint_does_not_take_the_place_of_a_whole_one(tmp_path: Path) -> None:
+    for step in (1, 2):
+        torn = store.save(tmp_path / "checkpoint", step, {"n": step}, "hash")
+    torn.write_bytes(torn.read_bytes()[:-9])
+    store.load(tmp_path / "checkpoint", "hash")
+    assert torn.exists()  # a reader that does not go on with the run changes nothing
+    spool = store.Spool(tmp_path / "spool")
+    store.load(tmp_path / "checkpoint", "hash", spool)
+    assert not torn.exists()
+    store.save(tmp_path / "checkpoint", 2, {"n": 2}, "hash", spool)
+    assert [p.stem[-1] for p in sorted((tmp_path / "checkpoint").glob("*.hkt"))] == ["1", "2"]
 
 
 def test_spool_sweeps_what_a_crash_left(tmp_path: Path) -> None:
@@ -137,3 +199,34 @@ def test_ledger_cuts_what_is_done_again_and_refuses_an_older_file(tmp_path: Path
     path.write_text("")
     with pytest.raises(StoreError, match="older"):
         Ledger(path, saved["position"])
+
+
+def test_the_manifest_keeps_the_start_and_gets_the_end(tmp_path: Path, stories: Path) -> None:
+    from hocket import run
+    from hocket.errors import Interrupted
+    from hocket.recipe import parse
+
+    rows = "\n".join(json.dumps({"text": f"the dog {i} ran"}) for i in range(12))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    recipe = parse(
+        {
+            "turns": 2, "model": {"source": str(stories), "device": "cpu"}, "data": {"source": str(tmp_path / "rows.jsonl")},
+            "method": {"name": "fedbcd"}, "clients": {"count": 2}, "training": {"local_steps": 1}, "engine": {"spool_mb": 0},
+        }
+    )  # fmt: skip
+    read = lambda: json.loads((tmp_path / "run" / "manifest.json").read_text())
+    stop = run.Stop()
+
+    def after_one_turn(record: dict[str, Any]) -> None:
+        stop.signal = 2 if record["what"] == "step" else None
+
+    with pytest.raises(Interrupted):
+        run.start(recipe, tmp_path / "run", after_one_turn, stop)
+    assert read()["finished"] is None
+    began = "2020-01-01T00:00:00+00:00"
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({**read(), "created": began}))
+    run.resume(tmp_path / "run")
+    assert read()["created"] == began < read()["finished"]
+    kept = sorted((tmp_path / "run" / "checkpoint").glob("*.hkt"))
+    named = {f"{k.replace('/', '-')}.hkt" for p in kept for k in wire.Packet(p).meta["files"]}
+    assert {p.name for p in (tmp_path / "run" / "spool").iterdir()} == named
