@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -123,19 +123,18 @@ class Pool:
 
     def submit(self, task: Task) -> None:
         try:
-            self._futures[task.job.id] = self._pool.submit(_perform, task)
-        except BrokenProcessPool as error:
-            raise RunError("a worker process died; use fewer workers or a smaller batch, then resume") from error
+            future = self._pool.submit(_perform, task)
+        except BrokenProcessPool as error:  # said when the result is asked for: an event that asks is half done here
+            future = Future()
+            future.set_exception(error)
+        self._futures[task.job.id] = future
 
     def result(self, job: int) -> Result:
+        while not wait([self._futures[job]], timeout=0.2).done:
+            if self._interrupted():
+                raise Interrupted
         try:
-            while True:
-                try:
-                    done = self._futures[job].result(timeout=0.2)
-                    break
-                except TimeoutError:
-                    if self._interrupted():
-                        raise Interrupted from None
+            done = self._futures[job].result()
         except BrokenProcessPool as error:
             if self._interrupted():  # the signal that stops the run reached the workers too
                 raise Interrupted from None
