@@ -104,6 +104,23 @@ def test_feedback_sends_everything_in_the_end() -> None:
     assert off["fed"] == pytest.approx(float(memory["feedback/w"].abs().max()), rel=0.05, abs=1e-3)
 
 
+FED = {"name": "feedback", "codec": "int8"}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "feedback", "codec": FED},
+        {"name": "chain", "codecs": ["half", FED]},
+        {"name": "per_tensor", "rules": {"*lora*": FED, "*": "raw"}},
+    ],
+)
+def test_feedback_is_outermost_and_once(spec: Any) -> None:
+    """Two of them would share one memory of a tensor."""
+    with pytest.raises(RecipeError, match=r"codec\..*feedback cannot be inside another codec; put it around the whole"):
+        built(spec)
+
+
 def test_a_packet_of_another_codec_is_refused() -> None:
     with pytest.raises(WireError, match="encoded with 'int8', expected 'half"):
         built("half").decode(built("int8").encode(TREE))
