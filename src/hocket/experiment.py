@@ -39,7 +39,8 @@ def prepare(recipe: Recipe, tokenizer: Any) -> data.Prepared:
     d = recipe.data
     return data.prepare(
         d.source, tokenizer, heldout_source=d.heldout_source, heldout_fraction=d.heldout_fraction,
-        task=recipe.model.task, template=d.template, fields=d.fields or None, max_length=d.max_length,
+        task=recipe.model.task, num_labels=recipe.model.num_labels, template=d.template, fields=d.fields or None,
+        max_length=d.max_length,
         packing=d.packing, kind=d.partition, clients=recipe.clients.count, column=d.column, alpha=d.alpha,
         clusters=d.clusters, min_rows=d.min_rows, limit=d.limit, heldout_limit=d.heldout_limit,
         packages=d.packages or None, seed=recipe.seed,
@@ -51,7 +52,8 @@ class Experiment:
 
     Args:
         recipe: what to do.
-        interrupted: asked before every local step; when it says yes, the work stops with `Interrupted`.
+        interrupted: asked before every local step and every batch of an evaluation; when it says yes, the work stops
+            with `Interrupted`.
 
     Attributes:
         view, tokenizer, data, trainer: the live objects.
@@ -72,7 +74,8 @@ class Experiment:
         self.tokenizer = loaded.tokenizer
         self.view = views.make(loaded.model, self.method, m.task, recipe.seed)
         self.data = prepare(recipe, self.tokenizer)
-        self.collate = functools.partial(collate, pad_id=self.tokenizer.pad_token_id)
+        multiple = 8 if self.view.device.type == "cuda" else 1  # GPUs multiply by tiles, a CPU only does more work
+        self.collate = functools.partial(collate, pad_id=self.tokenizer.pad_token_id, pad_to_multiple=multiple)
         self.trainer = TorchTrainer(self.view, self.data.clients, self.collate, recipe.training, interrupted)
         self.rows = [len(c) for c in self.data.clients]
 
@@ -96,12 +99,13 @@ class Experiment:
         return Server(self.method, self.schedule, start, clients, r.turns, r.seed, r.clients.preloaded)
 
     def evaluate(self, params: Tree) -> dict[str, Any]:
-        """Held-out metrics of the model with `params` in place."""
+        """Held-out metrics of the model with `params` in place. Raises `Interrupted` when asked to stop."""
         self.view.place(params)
         e = self.recipe.evaluation
         return evaluate.evaluate(
             self.view.model, self.tokenizer, self.data.heldout, self.collate, batch_size=e.batch_size,
             device=self.view.device, gsm8k_source=e.gsm8k, gsm8k_limit=e.gsm8k_limit, gsm8k_tokens=e.gsm8k_tokens,
+            interrupted=self.trainer.interrupted,
         )  # fmt: skip
 
 

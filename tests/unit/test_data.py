@@ -122,6 +122,12 @@ def test_an_unknown_package_is_named() -> None:
         build(["nosuchpackage"])
 
 
+def test_a_module_that_is_one_file_is_a_package_too() -> None:
+    train, _ = build(["typing_extensions", "argparse"])
+    assert set(train["package"]) == {"typing_extensions", "argparse"}
+    assert {r["name"].split(".")[0] for r in train if r["package"] == "argparse"} == {"argparse"}
+
+
 # --- templates -----------------------------------------------------------------------------------------------------------------
 def test_loss_is_on_the_answer_and_its_end_only() -> None:
     row = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
@@ -185,10 +191,9 @@ def test_a_real_tokenizer(stories: Path) -> None:
 def test_packing_fills_rows_and_keeps_every_token() -> None:
     data = datasets.Dataset.from_list([{"instruction": "ab", "output": "c" * n} for n in (3, 4, 5, 20)])
     one, _, _ = encode(data, tokenizer(), template="plain", max_length=32)
-    packed, firsts, _ = encode(data, tokenizer(), template="plain", max_length=32, packing=True)
+    packed = one.packed(32)
     assert torch.equal(packed.ids, one.ids)
     assert len(packed) < len(one)
-    assert firsts[0] == 0
 
 
 def test_classification_rows_are_texts_or_pairs() -> None:
@@ -201,6 +206,25 @@ def test_classification_rows_are_texts_or_pairs() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
 
 
+def test_labels_that_are_text_become_numbers_and_the_held_out_rows_share_them(tmp_path: Path) -> None:
+    def file(name: str, labels: list[str]) -> str:
+        (tmp_path / name).write_text("\n".join(json.dumps({"text": f"t {i}", "label": x}) for i, x in enumerate(labels)))
+        return str(tmp_path / name)
+
+    source = file("train.jsonl", ["pos", "neg ", "neutral", "", "neg"] * 6)
+    more = {"task": "classification", "clients": 2, "num_labels": 3}
+    p = prepare(source, tokenizer(), heldout_source=file("test.jsonl", ["pos", "neg"]), **more)
+    assert p.classes == ["neg", "neutral", "pos"]
+    assert p.heldout.labels.tolist() == [2, 0]
+    assert sorted(int(x) for c in p.clients for x in c.labels) == [0] * 12 + [1] * 6 + [2] * 6
+    assert p.skipped == {"no label (text, or a whole number from 0)": list(range(3, 30, 5))}
+    assert prepare(source, tokenizer(), **more).classes == p.classes
+    with pytest.raises(DataError, match="held-out label 'posi' is not in data.source.*did you mean 'pos'"):
+        prepare(source, tokenizer(), heldout_source=file("odd.jsonl", ["posi"]), **more)
+    with pytest.raises(DataError, match=r"model.num_labels is 2, but labels go from 0 to 2; set it to 3"):
+        prepare(source, tokenizer(), **{**more, "num_labels": 2})
+
+
 def test_encoded_is_a_list_of_rows_and_batches_are_padded_right() -> None:
     e = Encoded([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
     assert len(e) == 2
@@ -211,6 +235,10 @@ def test_encoded_is_a_list_of_rows_and_batches_are_padded_right() -> None:
     batch = collate([e[0], e[1]], pad_id=9)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
+    wide = collate([e[0], e[1]], pad_id=9, pad_to_multiple=8)
+    assert wide["input_ids"].tolist()[1] == [4, *[9] * 7]
+    assert wide["labels"].tolist()[0] == [-100, 2, 3, *[-100] * 5]
+    assert wide["attention_mask"].sum(1).tolist() == [3, 1]
 
 
 # --- partitions -----------------------------------------------------------------------------------------------------------------

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from worlds import tokens
+from worlds import language, tokens
 
+from hocket import store
 from hocket.data import Encoded, collate
-from hocket.errors import DataError
+from hocket.errors import DataError, Interrupted
 from hocket.evaluate import extract, generate, gsm8k, heldout, wilson
 from hocket.evaluate.loss import _ratio
 from hocket.models.forward import loss_sum
 from hocket.models.tiny import tiny
-from hocket.tree import generator
+from hocket.tree import digest, generator
 
 
 def rows(n: int = 7) -> Encoded:
@@ -133,6 +134,65 @@ def test_gsm8k_scores_what_the_model_says(stories: Path, tmp_path: Path) -> None
     path.write_text(json.dumps({"q": "?", "answer": "#### 1"}))
     with pytest.raises(DataError, match="not question and answer"):
         gsm8k(model, t, str(path))
+
+
+class After:
+    """Says yes from call number `n` on."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_evaluation_stops_between_batches_and_answers_between_tokens(stories: Path, tmp_path: Path) -> None:
+    model, _ = tiny("llama", vocab=64, layers=2, width=16)
+    model.train()
+    with pytest.raises(Interrupted):
+        heldout(model, rows(), pad, batch_size=2, interrupted=After(2))
+    assert model.training
+    model, t = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps({"question": "What?", "answer": "#### 1"}))
+    many = After(10**6)
+    gsm8k(model, t, str(path), max_new_tokens=12, interrupted=many)
+    assert 10**6 - many.left > 12
+    for n in (0, 3):
+        with pytest.raises(Interrupted):
+            gsm8k(model, t, str(path), max_new_tokens=12, interrupted=After(n))
+
+
+@pytest.mark.parametrize("n", [0, 4, 7])
+def test_a_run_stopped_in_an_evaluation_resumes_to_the_same_bits(n: int) -> None:
+    """Nothing of the evaluation has happened: it is still due, and is done first when the run goes on."""
+
+    def world(interrupted: object) -> tuple:
+        w = language(sched="overlap", turns=3, layers=2)
+        data = Encoded([{"input_ids": x.tolist(), "labels": x.tolist()} for x in tokens(9, 4)])
+        lines: list = []
+
+        def evaluate(params: dict) -> dict:
+            w.trainer.view.place(params)
+            return heldout(w.trainer.view.model, data, pad, batch_size=2, interrupted=interrupted)
+
+        w.simulation.evaluate, w.simulation.due = evaluate, 0
+        w.simulation.ledger.listener = lines.append
+        return w, lines
+
+    whole, lines = world(lambda: False)
+    whole.simulation.run()
+    cut, before = world(After(n))
+    with pytest.raises(Interrupted):
+        cut.simulation.run()
+    assert cut.simulation.due == n // 2
+    tensors, skeleton = store.flatten(cut.simulation.state_dict())
+    again, after = world(lambda: False)
+    again.simulation.load_state_dict(store.unflatten(tensors, json.loads(json.dumps(skeleton))))
+    again.simulation.run()
+    assert digest(again.final) == digest(whole.final)
+    assert before + after == lines
 
 
 def test_the_answers_of_the_real_test_set_are_all_read() -> None:

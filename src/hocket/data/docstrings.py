@@ -42,7 +42,7 @@ def build(
     Raises:
         DataError: a named package is not installed, or has no usable function.
     """
-    return _build(tuple(packages or [p for p in TEAMS if _folder(p)]), per_package, heldout)
+    return _build(tuple(packages or [p for p in TEAMS if _place(p)]), per_package, heldout)
 
 
 @functools.lru_cache(maxsize=4)  # reading takes seconds, and what is installed does not change under a process
@@ -50,11 +50,11 @@ def _build(packages: tuple[str, ...], per_package: int, heldout: float) -> tuple
     rows: dict[str, list[dict[str, str]]] = {"train": [], "heldout": []}
     seen: set[str] = set()
     for package in packages:
-        folder = _folder(package)
-        if folder is None:
+        place = _place(package)
+        if place is None:
             raise DataError(f"data.packages: '{package}' is not an installed Python package with sources")
         found = 0
-        for row in _functions(package, folder):
+        for row in _functions(package, place):
             key = re.sub(r"\W+", " ", row["output"]).lower()
             code = re.sub(r"\W+", " ", row["instruction"].split(":", 1)[-1])
             if key in seen or code in seen:
@@ -72,19 +72,22 @@ def _build(packages: tuple[str, ...], per_package: int, heldout: float) -> tuple
     return train, held
 
 
-def _folder(package: str) -> Path | None:
-    """Where the sources of a package lie, without importing it."""
+def _place(package: str) -> Path | None:
+    """The folder of a package, or the file of a module that is one file, without importing it."""
     if package == "stdlib":
         return Path(sysconfig.get_paths()["stdlib"])
     spec = importlib.machinery.PathFinder.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None:
         return None
-    return Path(next(iter(spec.submodule_search_locations)))
+    if spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations)))
+    return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
 
 
-def _functions(package: str, folder: Path) -> Iterator[dict[str, str]]:
+def _functions(package: str, place: Path) -> Iterator[dict[str, str]]:
     """Usable functions, file by file in the order of a hash of the name, so that a limit draws from everywhere."""
-    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*.py")]
+    folder = place if place.is_dir() else place.parent
+    files = [p.relative_to(folder).as_posix() for p in ([place] if place.is_file() else place.rglob("*.py"))]
     files = [f for f in files if not SKIP.search(f)]
     for name in sorted(files, key=lambda f: (xxhash.xxh64_intdigest(f.encode()), f)):
         try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hocket.data.templates import IGNORE, TEXT, Unusable, check_fields, pick, render
-from hocket.errors import DataError
+from hocket.errors import DataError, nearest
 
 
 class Encoded(Sequence[dict[str, Any]]):
@@ -61,7 +61,14 @@ class Encoded(Sequence[dict[str, Any]]):
 
     def packed(self, max_length: int) -> Encoded:
         """These rows joined end to end up to `max_length` tokens, in their order."""
-        return Encoded(_pack(self.plain(range(len(self))), list(range(len(self))), max_length)[0])
+        packs: list[dict[str, Any]] = []
+        for row in self.plain(range(len(self))):
+            if packs and len(packs[-1]["input_ids"]) + len(row["input_ids"]) <= max_length:
+                packs[-1]["input_ids"] += row["input_ids"]
+                packs[-1]["labels"] += [IGNORE, *row["labels"][1:]]  # the row before does not predict this one's start
+            else:
+                packs.append({"input_ids": row["input_ids"], "labels": row["labels"]})
+        return Encoded(packs)
 
     @property
     def tokens(self) -> int:
@@ -71,20 +78,23 @@ class Encoded(Sequence[dict[str, Any]]):
 
 def encode(
     dataset: Any, tokenizer: Any, *, task: str = "causal", template: str = "auto", max_length: int = 256,
-    fields: Mapping[str, str] | None = None, packing: bool = False,
+    fields: Mapping[str, str] | None = None, classes: Sequence[str] | None = None,
 ) -> tuple[Encoded, list[int], dict[str, list[int]]]:  # fmt: skip
     """(encoded rows, their numbers in `dataset`, reason -> numbers of rows that cannot be used).
 
-    With `packing`, rows are joined end to end up to `max_length` and attention is not cut between them; row numbers are
-    then those of the first row in each pack. Raises `DataError` if no row can be used.
+    `classes` are the labels that are text, in the order of their numbers; None takes those of `dataset`. Raises
+    `DataError` if no row can be used, or if a label is in no class.
     """
     out, kept, skipped = [], [], dict[str, list[int]]()
+    fields = fields or {}
     if hasattr(dataset, "column_names"):
-        check_fields(fields or {}, dataset.column_names)
+        check_fields(fields, dataset.column_names)
+    if task == "classification" and classes is None:
+        classes = text_labels(dataset, fields)
     for i, row in enumerate(dataset):
         try:
             if task == "classification":
-                out.append(_classify(row, tokenizer, max_length, fields or {}))
+                out.append(_classify(row, tokenizer, max_length, fields, classes or ()))
             else:
                 out.append(render(row, tokenizer, template, max_length, fields))
             kept.append(i)
@@ -94,12 +104,19 @@ def encode(
         reasons = ", ".join(f"{k} ({len(v)})" for k, v in skipped.items())
         columns = ", ".join(getattr(dataset, "column_names", []))
         raise DataError(f"no row can be used: {reasons}; columns are {columns}: name them in data.fields")
-    if packing:
-        out, kept = _pack(out, kept, max_length)
     return Encoded(out), kept, skipped
 
 
-def _classify(row: Mapping[str, Any], tokenizer: Any, max_length: int, fields: Mapping[str, str]) -> dict[str, Any]:
+def text_labels(dataset: Any, fields: Mapping[str, str]) -> list[str]:
+    """The different labels of a data set that are text, sorted; a label's place is its number."""
+    column = fields.get("label", "label")
+    values = dataset[column] if column in dataset.column_names else ()
+    return sorted({v.strip() for v in values if isinstance(v, str)} - {""})
+
+
+def _classify(
+    row: Mapping[str, Any], tokenizer: Any, max_length: int, fields: Mapping[str, str], classes: Sequence[str]
+) -> dict[str, Any]:
     """Text or a pair of texts, and its label."""
     pairs = (
         ("sentence1", "sentence2"),
@@ -115,31 +132,25 @@ def _classify(row: Mapping[str, Any], tokenizer: Any, max_length: int, fields: M
     label = row.get(fields.get("label", "label"))
     if not first:
         raise Unusable("no text")
+    if isinstance(label, str) and (name := label.strip()):
+        if name not in classes:
+            hint = nearest(name, classes)
+            raise DataError(f"held-out label '{name}' is not in data.source; mend it or leave its rows out{hint}")
+        label = classes.index(name)
     if not isinstance(label, int) or label < 0:
-        raise Unusable("no label (a whole number from 0)")
+        raise Unusable("no label (text, or a whole number from 0)")
     found_ids = tokenizer(first, second or None, truncation=True, max_length=max_length)
     return {k: list(found_ids[k]) for k in ("input_ids", "token_type_ids") if k in found_ids} | {"labels": label}
 
 
-def _pack(rows: list[dict[str, Any]], kept: list[int], max_length: int) -> tuple[list[dict[str, Any]], list[int]]:
-    packs: list[dict[str, Any]] = []
-    firsts: list[int] = []
-    for row, number in zip(rows, kept, strict=True):
-        if packs and len(packs[-1]["input_ids"]) + len(row["input_ids"]) <= max_length:
-            packs[-1]["input_ids"] += row["input_ids"]
-            packs[-1]["labels"] += [IGNORE, *row["labels"][1:]]  # the last row does not predict the next one's start
-        else:
-            packs.append({"input_ids": list(row["input_ids"]), "labels": list(row["labels"])})
-            firsts.append(number)
-    return packs, firsts
-
-
-def collate(examples: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
+def collate(examples: Sequence[Mapping[str, Any]], pad_id: int, pad_to_multiple: int = 1) -> dict[str, Tensor]:
     """A batch, padded on the right: `input_ids`, `attention_mask` (rows, length) and `labels`, int64.
 
-    `labels` are (rows, length) with -100 on padding, or (rows,) for classification.
+    The length is that of the longest row, rounded up to `pad_to_multiple`. `labels` are (rows, length) with -100 on
+    padding, or (rows,) for classification.
     """
     longest = max(len(e["input_ids"]) for e in examples)
+    longest += -longest % pad_to_multiple
     ids = torch.full((len(examples), longest), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(examples), longest, dtype=torch.int64)
     whole = isinstance(examples[0]["labels"], int)

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from hocket.data import docstrings
-from hocket.data.encode import Encoded, encode
+from hocket.data.encode import Encoded, encode, text_labels
 from hocket.data.load import load
 from hocket.data.partition import partition, summary
 from hocket.data.templates import ANSWER, CONTEXT, PROMPT, TEXT, pick
@@ -31,6 +31,7 @@ class Prepared:
         names: what to call each client.
         skipped: reason -> row numbers that cannot be used, in the source.
         summary: for each client its rows and most frequent labels.
+        classes: labels of a classification that are text; a label's place is its number.
     """
 
     clients: list[Encoded]
@@ -38,6 +39,7 @@ class Prepared:
     names: list[str]
     skipped: dict[str, list[int]]
     summary: list[dict[str, Any]]
+    classes: list[str]
 
     def table(self) -> Table:
         """The summary, for printing."""
@@ -52,10 +54,10 @@ class Prepared:
 
 def prepare(
     source: str, tokenizer: Any, *, heldout_source: str | None = None, heldout_fraction: float = 0.1,
-    task: str = "causal", template: str = "auto", fields: Mapping[str, str] | None = None, max_length: int = 256,
-    packing: bool = False, kind: str = "iid", clients: int = 4, column: str | None = None, alpha: float = 0.5,
-    clusters: int = 8, min_rows: int = 1, limit: int | None = None, heldout_limit: int | None = None,
-    packages: Sequence[str] | None = None, seed: int = 0,
+    task: str = "causal", num_labels: int | None = None, template: str = "auto",
+    fields: Mapping[str, str] | None = None, max_length: int = 256, packing: bool = False, kind: str = "iid",
+    clients: int = 4, column: str | None = None, alpha: float = 0.5, clusters: int = 8, min_rows: int = 1,
+    limit: int | None = None, heldout_limit: int | None = None, packages: Sequence[str] | None = None, seed: int = 0,
 ) -> Prepared:  # fmt: skip
     """Load, hold out, encode, drop what cannot be used, then partition what is left.
 
@@ -65,7 +67,7 @@ def prepare(
     Raises:
         DataError: as `load`, `encode` and `partition` do.
     """
-    fields = fields or {}
+    fields, classes = fields or {}, list[str]()
     files = [Path(p) for p in (source, heldout_source) if p is not None and Path(p).is_file()]
     if len(files) == 2 and files[0].samefile(files[1]):
         raise DataError(f"data.heldout_source: '{heldout_source}' is data.source itself; rows would be trained on")
@@ -78,6 +80,7 @@ def prepare(
             train = train.select(_spread(train["package"], limit, seed))
     else:
         train = load(source, limit=limit)
+        classes = text_labels(train, fields) if task == "classification" else []
         if held is None:
             first: dict[str, int] = {}
             same = [first.setdefault(repr(sorted(r.items(), key=lambda kv: kv[0])), i) for i, r in enumerate(train)]
@@ -95,7 +98,7 @@ def prepare(
         order = torch.randperm(len(held), generator=generator(seed, "heldout limit")).tolist()
         held = held.select(sorted(order[:heldout_limit]))
     options: dict[str, Any] = {
-        "task": task, "template": template, "max_length": max_length, "fields": fields
+        "task": task, "template": template, "max_length": max_length, "fields": fields, "classes": classes
     }  # fmt: skip
     rows, kept, skipped = encode(train, tokenizer, **options)
     usable = train.select(kept)
@@ -108,12 +111,16 @@ def prepare(
         names = [", ".join(dict.fromkeys(labels[i] for i in p)) for p in parts]
         names = [n if len(n) <= 40 else n[:37] + "..." for n in names]
     heldout, held_kept, _ = encode(held, tokenizer, **options)
+    if task == "classification" and num_labels is not None:
+        top = max(int(e.labels.max()) for e in (rows, heldout))
+        if top >= num_labels:
+            raise DataError(f"model.num_labels is {num_labels}, but labels go from 0 to {top}; set it to {top + 1}")
     if column in held.column_names:
         heldout = Encoded(heldout.plain(range(len(heldout))), [str(v) for v in held.select(held_kept)[column]])
     mine = [rows.subset(p) for p in parts]
     if packing:
         mine = [m.packed(max_length) for m in mine]
-    return Prepared(mine, heldout, names, skipped, summary(parts, labels, names))
+    return Prepared(mine, heldout, names, skipped, summary(parts, labels, names), classes)
 
 
 def _spread(groups: Sequence[str], limit: int, seed: int) -> list[int]:

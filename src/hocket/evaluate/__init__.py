@@ -25,10 +25,17 @@ def evaluate(
     gsm8k_source: str | None = None,
     gsm8k_limit: int = 100,
     gsm8k_tokens: int = 256,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """All metrics that were asked for, in one flat record (`groups` excepted)."""
-    out = heldout(model, examples, collate, batch_size=batch_size, device=device)
+    """All metrics that were asked for, in one flat record (`groups` excepted).
+
+    Raises:
+        Interrupted: `interrupted`, asked before every batch and every generated token, said yes.
+    """
+    out = heldout(model, examples, collate, batch_size=batch_size, device=device, interrupted=interrupted)
     if gsm8k_source is not None:
-        more = {"limit": gsm8k_limit, "batch_size": batch_size, "max_new_tokens": gsm8k_tokens}
-        out |= gsm8k(model, tokenizer, gsm8k_source, **more)
+        out |= gsm8k(
+            model, tokenizer, gsm8k_source, limit=gsm8k_limit, batch_size=batch_size, max_new_tokens=gsm8k_tokens,
+            interrupted=interrupted,
+        )  # fmt: skip
     return out

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from hocket.errors import Interrupted
+
 
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int = 256, batch_size: int = 16
-) -> list[str]:
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int = 256, batch_size: int = 16,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> list[str]:  # fmt: skip
     """The model's continuation of each prompt, as when each is decoded alone.
 
     Prompts are padded on the left with a mask, so that positions are right; they are sorted by length to pad little.
@@ -19,7 +22,16 @@ def generate(
     Args:
         max_new_tokens: where to cut a continuation that does not end by itself.
         batch_size: prompts in one batch.
+
+    Raises:
+        Interrupted: `interrupted`, asked before every batch and every token, said yes.
     """
+
+    def stop(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        if interrupted():
+            raise Interrupted
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     ids = [_ids(tokenizer, p) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -35,10 +47,11 @@ def generate(
             padded = torch.tensor([[pad] * (longest - len(ids[i])) + ids[i] for i in chosen], device=device)
             mask = torch.tensor([[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in chosen], device=device)
             with torch.inference_mode():
+                stop(padded)
                 done = model.generate(
                     input_ids=padded, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
                     temperature=None, top_p=None, top_k=None, num_beams=1, use_cache=True, pad_token_id=pad,
-                    eos_token_id=_stops(model, tokenizer),
+                    eos_token_id=_stops(model, tokenizer), stopping_criteria=[stop],
                 )  # fmt: skip
             for i, row in zip(chosen, done[:, longest:].tolist(), strict=True):
                 out[i] = tokenizer.decode(row, skip_special_tokens=True)

@@ -8,6 +8,7 @@ commas, currency and percent signs and trailing dots do not count, fractions are
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -48,12 +49,14 @@ def gsm8k(
     limit: int | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 256,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Score greedy answers.
 
     Args:
         source: file or hub id (`openai/gsm8k:main`) with columns `question` and `answer`.
         limit: problems scored, from the beginning.
+        interrupted: as in `generate`.
 
     Returns:
         `gsm8k` (share solved), `gsm8k_low`, `gsm8k_high` (95 %), `gsm8k_n`, `gsm8k_numbers` (share of answers that
@@ -66,9 +69,8 @@ def gsm8k(
     if None in truth:
         raise DataError(f"evaluation.gsm8k: row {truth.index(None)} of '{source}' has no number in its answer")
     prompts = [prompt_text(ASK.format(question=q), tokenizer) for q in rows["question"]]
-    found = [
-        extract(t) for t in generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    ]
+    more: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "interrupted": interrupted}
+    found = [extract(t) for t in generate(model, tokenizer, prompts, **more)]
     hits = sum(a == b for a, b in zip(truth, found, strict=True))
     low, high = wilson(hits, len(truth))
     return {

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from hocket.errors import Interrupted
 from hocket.models.forward import IGNORE, predictions
 
 Z = 1.959963984540054  # 97.5 % of the normal distribution
@@ -36,6 +37,7 @@ def heldout(
     *,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Loss of the model on rows nobody trained on; the result does not depend on batch size up to rounding.
 
@@ -43,6 +45,9 @@ def heldout(
         `loss` (nats a label token, or a row), `loss_low`, `loss_high`, `perplexity` (causal), `n` rows, `tokens`; for
         classification `accuracy` with `accuracy_low`, `accuracy_high`, and `f1` (of class 1, or macro beyond two
         classes); `groups`, the loss of each group, where rows have one.
+
+    Raises:
+        Interrupted: `interrupted`, asked before every batch, said yes.
     """
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i]["input_ids"]), i))  # little padding
     sums = torch.zeros(len(examples), dtype=torch.float64)
@@ -53,6 +58,8 @@ def heldout(
     try:
         with torch.inference_mode():
             for at in range(0, len(order), batch_size):
+                if interrupted():
+                    raise Interrupted
                 chosen = order[at : at + batch_size]
                 batch = {k: v.to(device) for k, v in collate([examples[i] for i in chosen]).items()}
                 found, number, best = _rows(model, batch)
