@@ -20,7 +20,6 @@ from hocket.codecs.base import Codec, Feedback
 from hocket.executors import Task
 from hocket.ledger import Ledger
 from hocket.methods import Client, Local, Method, State, Update
-from hocket.methods.blocks import LAYER
 from hocket.models import memory, views
 from hocket.models.skeleton import skeleton
 from hocket.recipe import Recipe
@@ -146,7 +145,7 @@ def plan(recipe: Recipe, rows: Sequence[int] | None = None) -> dict[str, Any]:
 
     Returns:
         `seconds` (virtual), `down`, `up` (bytes in all), `turns`, `trainable`, `total` (elements), and `clients`: for
-        each its bytes, jobs, busy share of the run and `memory` (see `hocket.models.memory.Memory`).
+        each its bytes, jobs, busy share of the run, `memory` (see `hocket.models.memory.Memory`) and whether it `fits`.
     """
     method, schedule = recipe.build_method(), recipe.build_schedule()
     up: Any = ShapeCodec(recipe.build_codec("up"))
@@ -169,12 +168,14 @@ def plan(recipe: Recipe, rows: Sequence[int] | None = None) -> dict[str, Any]:
             cell[1] += row["bytes"]
             cell[2] += row["end"] - row["start"]
 
-    setting = Setting(shapes, up, schedule.ahead, recipe.turns, recipe.seed, "uniform", ShapeTrainer())
+    noted = memory.Noted(ShapeTrainer())
+    setting = Setting(shapes, up, schedule.ahead, recipe.turns, recipe.seed, "uniform", noted)
     ledger = Ledger(listener=note)
-    simulation = Simulation(server, recipe.devices(), steps, down, up, ShapeExecutor(setting), ledger)
+    charged = recipe.clients.catch_up == "charged"
+    simulation = Simulation(server, recipe.devices(), steps, down, up, ShapeExecutor(setting), ledger, catch_up=charged)
     simulation.run()
     seconds = simulation.clock.now
-    need = _memory(recipe, method, view, schedule.ahead, "feedback" in str(up))
+    need, devices = _memory(recipe, view, noted, schedule.ahead), recipe.devices()
     clients = [
         {
             "client": c,
@@ -182,8 +183,9 @@ def plan(recipe: Recipe, rows: Sequence[int] | None = None) -> dict[str, Any]:
             "down": int(lanes["down"][c][1]),
             "up": int(lanes["up"][c][1]),
             "busy": lanes["compute"][c][2] / seconds if seconds else 0.0,
-            "memory": need,
-            "fits": None if (gb := recipe.devices()[c].memory_gb) is None else need.total <= gb * 1e9,
+            "memory": need[c],
+            "memory_gb": (gb := devices[c].memory_gb),
+            "fits": None if gb is None else need[c].total <= gb * 1e9,
         }
         for c in range(n)
     ]
@@ -193,24 +195,17 @@ def plan(recipe: Recipe, rows: Sequence[int] | None = None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _memory(recipe: Recipe, method: Method, view: views.View, ahead: int, feedback: bool) -> memory.Memory:
-    """Of the job that trains most."""
-    sizes = {k: p.numel() for k, p in view.params.items()}
-    tokens = recipe.training.batch_size * recipe.data.max_length
-    config = getattr(view.model, "config", None)
-    layers = max(getattr(config, "num_hidden_layers", 1), 1)
-    worst: memory.Memory | None = None
-    for turn in range(recipe.turns):
-        cache = {k: torch.empty(0) for k in sizes}
-        local = Local(0, cache, {}, turn, recipe.turns, turn, recipe.seed, ShapeTrainer())
-        only = method.trains(local)
-        trained = {k: n for k, n in sizes.items() if only(k)}
-        found = [int(m[1]) for k in trained if (m := LAYER.search(k))]
-        lowest = min(found) / layers if len(found) == len(trained) else 0.0
-        need = memory.estimate(view.total, trained, recipe.training.slots, config, tokens, ahead, feedback, lowest)
-        worst = need if worst is None or need.total > worst.total else worst
-    assert worst is not None  # a recipe has at least one turn
-    return worst
+def _memory(recipe: Recipe, view: views.View, noted: memory.Noted, ahead: int) -> dict[int, memory.Memory]:
+    """For each client, of the job that needs most; a client without a job holds the model."""
+    t, device = recipe.training, recipe.model.device
+    step = memory.Step(
+        t.batch_size, recipe.data.max_length, t.slots, t.precision, recipe.model.gradient_checkpointing,
+        device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()),
+    )  # fmt: skip
+    jobs = {c: noted.jobs.get(c, []) for c in range(recipe.clients.count)}
+    return memory.needs(
+        view, jobs, step, ahead, "feedback" in str(recipe.build_codec("up")), t.optimizer_state == "keep"
+    )
 
 
 def _hollow(like: Tensor) -> Tensor:

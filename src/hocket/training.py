@@ -1,13 +1,15 @@
 """The local loop: some optimizer steps on one client's rows, from given values to their differences.
 
 Only the tensors a job trains get their own memory, gradients and optimizer state; everything else points at shared
-values, and autograd stops below the lowest trained layer because nothing under it requires a gradient.
+values, and autograd stops below the lowest trained layer because nothing under it requires a gradient. A model may have
+weights in half precision: what trains is lifted to fp32 for the job, as in BAdam, and the rest stays as it is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from hocket.errors import Interrupted
 from hocket.methods import Local
 from hocket.models.forward import autocast, loss_sum
+from hocket.models.memory import HALVES
+from hocket.models.meter import Meter
 from hocket.models.views import View
 from hocket.tree import Tree, generator
 
@@ -45,6 +49,7 @@ class Training(BaseModel):
     ] = None
     clip: Annotated[float | None, Field(gt=0, description="largest norm of the gradient; none: no clipping")] = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast; bf16 and fp16 are for GPUs")
+    measure_memory: bool = Field(False, description="measure one step of every job; the report sets it beside the plan")
 
     def steps(self, rows: int) -> int:
         """Local steps of a client with that many rows."""
@@ -86,19 +91,27 @@ class TorchTrainer:
     ) -> None:
         self.view, self.data, self.collate, self.config = view, data, collate, config
         self.interrupted, self._loss = interrupted, loss
+        self._dtypes = {k: p.dtype for k, p in view.params.items()}
+        self._cast: dict[str, tuple[Tensor, Tensor]] = {}  # a value as it was given, and in the model's precision
+        halves = {p.dtype for p in view.model.parameters()} & HALVES.keys()
+        self.precision = HALVES[halves.pop()] if halves and config.precision == "fp32" else config.precision
+
+    def start(self) -> Tree:
+        """The view's values as a server holds them: in fp32 at least, so that no update is rounded away."""
+        return {k: v.float() if v.dtype in HALVES else v for k, v in self.view.start().items()}
 
     def loss(self, params: Tree, batch: Any) -> Tensor:
         """Mean loss of a batch with `params` in place."""
-        self.view.place(params)
+        self._place(params)
         with torch.no_grad():
             total, count = self._loss(self.view.model, self._to_device(batch))
         return total / max(count, 1)
 
     def fit(self, local: Local, start: Tree, only: Callable[[str], bool], prox: float) -> Tree:
         """Deltas of the selected tensors after this client's local steps (see `Trainer`)."""
-        self.view.place(start)
+        self._place(start)
         names = [k for k in sorted(start) if only(k)]
-        live = [self.view.loosen(k) for k in names]
+        live = [self._loosen(k, start[k]) for k in names]
         try:
             self._steps(local, names, live, start, prox)
             # the trained memory becomes the difference: no further copy
@@ -107,12 +120,30 @@ class TorchTrainer:
             for p in live:
                 p.requires_grad_(False)
                 p.grad = None
-            self.view.place({k: start[k] for k in names})
+            self._place({k: start[k] for k in names})
+
+    def _place(self, values: Tree) -> None:
+        """Put values into the model, in the model's precision."""
+        here = dict(values)
+        for k, v in values.items():
+            if self._dtypes[k] in HALVES and v.dtype != self._dtypes[k]:
+                if k not in self._cast or self._cast[k][0] is not v:
+                    self._cast[k] = v, v.to(self.view.device, self._dtypes[k])
+                here[k] = self._cast[k][1]
+        self.view.place(here)
+
+    def _loosen(self, name: str, value: Tensor) -> nn.Parameter:
+        """Let a parameter train in memory of its own, in fp32 at least."""
+        p = self.view.loosen(name)
+        if p.dtype in HALVES:
+            self._cast.pop(name, None)
+            p.data = value.to(p.device, torch.float32, copy=True)
+        return p
 
     def gradient_norms(self, local: Local, start: Tree) -> dict[str, float]:
         """Root mean square, over one job's batches, of the norm of each tensor's gradient at `start`. A gradient is
         measured and freed as soon as it is there, so this needs memory for the largest one only."""
-        self.view.place(start)
+        self._place(start)
         squares = dict.fromkeys(sorted(start), 0.0)
         model, hooks = self.view.model, []
 
@@ -134,7 +165,7 @@ class TorchTrainer:
                 for batch in micro:
                     if self.interrupted():
                         raise Interrupted
-                    with autocast(self.view.device, self.config.precision):
+                    with autocast(self.view.device, self.precision):
                         total, _ = self._loss(model, batch)
                     (total / max(_count(batch), 1)).backward()
                     batches += 1
@@ -149,39 +180,45 @@ class TorchTrainer:
     def _steps(self, local: Local, names: list[str], live: list[nn.Parameter], start: Tree, prox: float) -> None:
         c, device, model = self.config, self.view.device, self.view.model
         optimizer = self._optimizer(local, names, live)
-        scaler = torch.amp.GradScaler(device.type, enabled=c.precision == "fp16")
+        scaler = self._scaler(local)
         anchors = [start[k].to(device) for k in names] if prox else []
         losses, skipped, examples, tokens = [], 0, 0, 0
+        # the second step, when the optimizer's state is there, or the only one
+        measured = min(1, c.steps(len(self.data[local.client])) - 1) if c.measure_memory else None
         model.train()
         gpu = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(gpu):  # dropout draws from the global generator: key it, then leave it as it was
             torch.manual_seed(int(generator(local.seed, "dropout", local.client, local.visit).initial_seed()))
-            for micro in self._batches(local):
+            for i, micro in enumerate(self._batches(local)):
                 if self.interrupted():
                     raise Interrupted
-                count = sum(_count(b) for b in micro)
-                value = 0.0
-                for batch in micro:
-                    with autocast(device, c.precision):
-                        total, _ = self._loss(model, batch)
-                    loss = total / max(count, 1)
-                    scaler.scale(loss).backward()
-                    value += float(loss.detach())
-                scaler.unscale_(optimizer)
-                if prox:
-                    for p, anchor in zip(live, anchors, strict=True):  # d/dw mu/2 |w - w_start|^2
-                        if p.grad is not None:
-                            p.grad.add_(p.detach() - anchor, alpha=prox)
-                norm = nn.utils.clip_grad_norm_(live, c.clip or math.inf)
-                if math.isfinite(value) and bool(torch.isfinite(norm)):
-                    scaler.step(optimizer)
-                    losses.append(value)
-                    examples += sum(len(b["input_ids"]) if "input_ids" in b else 1 for b in micro)
-                    tokens += count
-                else:
-                    skipped += 1
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                meter = Meter(model, [start[k] for k in names], _held(optimizer)) if i == measured else None
+                with meter or nullcontext():
+                    count = sum(_count(b) for b in micro)
+                    value = sum(self._backward(b, count, scaler, meter) for b in micro)
+                    if meter:
+                        meter.mark("backward", gradients=[p.grad for p in live])
+                    scaler.unscale_(optimizer)
+                    if prox:
+                        for p, anchor in zip(live, anchors, strict=True):  # d/dw mu/2 |w - w_start|^2
+                            if p.grad is not None:
+                                p.grad.add_(p.detach() - anchor, alpha=prox)
+                    finite = bool(torch.isfinite(nn.utils.clip_grad_norm_(live, c.clip or math.inf)))
+                    if finite and math.isfinite(value):
+                        scaler.step(optimizer)
+                        losses.append(value)
+                        examples += sum(len(b["input_ids"]) if "input_ids" in b else 1 for b in micro)
+                        tokens += count
+                    else:
+                        skipped += 1
+                    scaler.update()
+                    if meter:
+                        meter.mark("step", optimizer=_held(optimizer))
+                    optimizer.zero_grad(set_to_none=True)
+                if meter:
+                    local.metrics.update(meter.parts)
+        if scaler.is_enabled():  # the next job of this client goes on with the scale that it found
+            local.memory["scaler/scale"] = torch.tensor([scaler.get_scale(), scaler.state_dict()["_growth_tracker"]])
         local.metrics.update(steps=len(losses), skipped=skipped, examples=examples, tokens=tokens)
         if losses:
             local.metrics["loss"] = sum(losses) / len(losses)
@@ -190,6 +227,22 @@ class TorchTrainer:
                 for slot, v in optimizer.state[p].items():
                     if isinstance(v, Tensor):
                         local.memory[f"optimizer/{slot}/{k}"] = v.cpu()
+
+    def _backward(self, batch: Batch, count: int, scaler: torch.amp.GradScaler, meter: Meter | None) -> float:
+        """Add the gradients of one forward pass, as its share of a mean over `count`; returns its share of the loss."""
+        with meter.forward() if meter else nullcontext(), autocast(self.view.device, self.precision):
+            total, _ = self._loss(self.view.model, batch)
+        loss = total / max(count, 1)
+        scaler.scale(loss).backward()
+        return float(loss.detach())
+
+    def _scaler(self, local: Local) -> torch.amp.GradScaler:
+        """Loss scaling for fp16, as this client's last job left it."""
+        scaler = torch.amp.GradScaler(self.view.device.type, enabled=self.precision == "fp16")
+        if scaler.is_enabled() and (last := local.memory.get("scaler/scale")) is not None:
+            scale, growth = last.tolist()
+            scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
+        return scaler
 
     def _optimizer(self, local: Local, names: list[str], live: list[nn.Parameter]) -> torch.optim.Optimizer:
         c = self.config
@@ -231,3 +284,8 @@ def _count(batch: Batch) -> int:
     """What the loss of a batch sums over: label tokens, or rows."""
     labels = batch["labels"]
     return len(labels) if labels.ndim == 1 else int((labels[:, 1:] != -100).sum())
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The optimizer's state, flat."""
+    return [v for slots in optimizer.state.values() for v in slots.values()]

@@ -1,59 +1,257 @@
-"""What a client's machine must hold, from shapes alone.
+"""What a client's machine must hold while it trains, planned from shapes alone. `meter` measures the same parts.
 
-Exact for weights, gradients and optimizer state; an estimate for activations, which depend on kernels.
+Weights, gradients and optimizer state are counted as the trainer allocates them. Activations are what one forward pass
+keeps for the backward pass, found by running the model's own code on tensors without memory, all rows full; the kernels
+of another machine may keep a little more or less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from hocket.methods import Local
+from hocket.methods.blocks import LAYER
+from hocket.models.forward import autocast
+from hocket.models.views import View
+from hocket.tree import Tree
+
+HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""Precisions in which nothing can be trained: small steps would be rounded away. What trains is lifted to fp32."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a client needs while it trains.
+    """Bytes on the device that trains, in a step that is not a job's first.
 
     Attributes:
-        weights: the whole model at its training precision.
-        trained: the moving copy of what trains (the start values stay for the difference).
+        weights: the whole model, what trains in fp32 at least.
+        trained: start values of what trains, kept for the difference. With a GPU they lie in the host's memory, as do
+            `in_flight` and `kept`, and all three are 0 here.
         gradients, optimizer: of what trains.
-        in_flight: own updates the client remembers under overlap, and error feedback.
-        activations: estimate, for one forward and backward pass.
+        in_flight: own updates that the client remembers under overlap.
+        kept: other private tensors from job to job: error feedback, kept optimizer state.
+        activations: kept from the forward pass for the backward pass.
+        logits: the gradient of the logits, alive beside all activations when the backward pass begins.
     """
 
     weights: int
-    trained: int
-    gradients: int
-    optimizer: int
-    in_flight: int
-    activations: int
+    trained: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    in_flight: int = 0
+    kept: int = 0
+    activations: int = 0
+    logits: int = 0
 
     @property
     def total(self) -> int:
-        """Sum of all parts."""
+        """Sum of all parts: what is needed at most."""
         return sum(asdict(self).values())
 
+    @property
+    def held(self) -> int:
+        """What is there all the time, the optimizer aside."""
+        return self.weights + self.trained + self.in_flight + self.kept
 
-def estimate(
-    total: int, trained: Mapping[str, int], slots: int, config: Any, tokens: int, ahead: int, feedback: bool,
-    lowest: float = 0.0,
-) -> Memory:  # fmt: skip
-    """Memory of a client that trains the tensors of `trained` (name to elements) at once.
+    @property
+    def phases(self) -> dict[str, int]:
+        """What is there at the end of each phase of a job; the packet of an upload counts as it is with codec `raw`."""
+        return {
+            "start": self.held + self.optimizer,
+            "forward": self.held + self.optimizer + self.activations,
+            "backward": self.held + self.optimizer + self.gradients,
+            "step": self.held + self.optimizer + self.gradients,
+            "upload": self.held + self.gradients,
+        }
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a client's optimizer step is made of, beside the tensors that it trains.
+
+    Attributes:
+        rows, length: of one forward pass.
+        slots: numbers the optimizer keeps for each that trains (AdamW 2, momentum 1, plain SGD 0).
+        precision: autocast; model weights of half precision bring their own.
+        checkpointing: whether layers are computed again in the backward pass.
+        gpu: whether a GPU trains, so that start values and private tensors lie in another memory.
+    """
+
+    rows: int
+    length: int
+    slots: int = 2
+    precision: str = "fp32"
+    checkpointing: bool = False
+    gpu: bool = False
+
+
+@dataclass
+class Noted:
+    """A trainer that notes what each client's jobs train, for `needs`, and leaves the work to `inner`.
+
+    Attributes:
+        jobs: for each client its jobs in order: names of what is trained, and whether all of it moves at once.
+    """
+
+    inner: Any
+    jobs: dict[int, list[tuple[tuple[str, ...], bool]]] = field(default_factory=dict)
+
+    def fit(self, local: Local, start: Tree, only: Callable[[str], bool], prox: float) -> Tree:
+        """Note the selected tensors."""
+        self.jobs.setdefault(local.client, []).append((tuple(k for k in sorted(start) if only(k)), True))
+        return self.inner.fit(local, start, only, prox)
+
+    def gradient_norms(self, local: Local, start: Tree) -> dict[str, float]:
+        """Note all tensors: each has a gradient, one at a time, and none moves."""
+        self.jobs.setdefault(local.client, []).append((tuple(sorted(start)), False))
+        return self.inner.gradient_norms(local, start)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def needs(
+    view: View,
+    jobs: Mapping[int, Sequence[tuple[tuple[str, ...], bool]]],
+    step: Step,
+    ahead: int = 0,
+    feedback: bool = False,
+    keep: bool = False,
+) -> dict[int, Memory]:
+    """For each client the memory of its job that needs most.
 
     Args:
-        total: elements of the model.
-        slots: numbers the optimizer keeps for each that trains (AdamW 2, momentum 1, plain SGD 0).
-        config: the model's configuration; hidden_size, num_hidden_layers and vocab_size are used where present.
-        tokens: tokens in one forward pass (rows x length).
-        ahead: turns a client may be ahead.
-        feedback: whether the uplink codec keeps an error.
-        lowest: lowest trained layer as a share of all layers; below it nothing is kept for the backward pass.
+        jobs: see `Noted`.
+        ahead: turns a client may be ahead of the server, whose updates it remembers.
+        feedback: whether the uplink codec keeps an error for every tensor that was sent.
+        keep: whether the optimizer's state stays with the client.
     """
-    n = sum(trained.values())
-    hidden, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
-    vocab, inner = getattr(config, "vocab_size", 0), getattr(config, "intermediate_size", None) or 4 * hidden
-    # kept for the backward pass per token and layer: about 8 hidden vectors and 3 of the MLP's inner width;
-    # at the end the logits, their softmax and their gradient, in fp32
-    kept = tokens * round(layers * (1 - lowest)) * (8 * hidden + 3 * inner) * 4
-    return Memory(4 * total, 4 * n, 4 * n, 4 * n * slots, 4 * n * (ahead + feedback), kept + 3 * tokens * vocab * 4)
+    distinct = {job for done in jobs.values() for job in done}
+    size = {job: _bytes(view, job[0]) for job in distinct}
+    # jobs of one size differ only in how deep the backward pass goes: trace the deepest, for all
+    deepest: dict[tuple[int, bool], tuple[tuple[str, ...], bool]] = {}
+    for job in sorted(distinct, key=lambda j: (_lowest(j[0]), j)):
+        deepest.setdefault((size[job], job[1]), job)
+    one = {key: estimate(view, job[0], step, job[1]) for key, job in deepest.items()}
+    out = {}
+    for client, done in jobs.items():
+        seen: set[str] = set()
+        most = Memory(_bytes(view))
+        for i, job in enumerate(done):
+            need = one[size[job], job[1]]
+            private = _bytes(view, seen) * (feedback + keep * step.slots)
+            flying = sum(size[j] for j in done[max(0, i - ahead) : i])
+            if not step.gpu:
+                need = Memory(**{**asdict(need), "in_flight": flying, "kept": private})
+            most = max(most, need, key=lambda m: m.total)
+            seen.update(job[0] if job[1] else ())
+        out[client] = most
+    return out
+
+
+def estimate(view: View, names: Iterable[str], step: Step, at_once: bool = True) -> Memory:
+    """Memory of a step that trains the tensors of `names`, without private tensors.
+
+    Args:
+        at_once: false if each gradient is freed as soon as it is there, and nothing moves.
+    """
+    names = [k for k in names if k in view.params]
+    n = _bytes(view, names)
+    kept, logits = activations(view, names, step)
+    if not at_once:
+        largest = max((_bytes(view, [k]) for k in names), default=0)
+        return Memory(_bytes(view), gradients=largest, activations=kept, logits=logits)
+    low = sum(p.numel() * p.element_size() for k, p in view.params.items() if k in set(names))
+    counters = 4 * len(names) if step.slots == 2 else 0  # AdamW counts each tensor's steps
+    return Memory(
+        _bytes(view) - low + n, 0 if step.gpu else n, n, n * step.slots + counters, activations=kept, logits=logits
+    )
+
+
+def activations(view: View, names: Iterable[str], step: Step) -> tuple[int, int]:
+    """Bytes that a forward pass keeps for the backward pass of the tensors of `names`, and bytes of the logits."""
+    model, chosen = view.model, {id(view.params[k]) for k in names}
+    if not chosen:
+        return 0, 0
+    config, training = model.config, model.training
+    if getattr(config, "pad_token_id", 0) is None:
+        config.pad_token_id = 0  # a bare configuration; classification asks for it
+    try:
+        plain = _trace(model.train(), chosen, step)
+        if not step.checkpointing:
+            return plain
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        kept, logits = _trace(model, chosen, step)
+        return kept + plain[0] // max(getattr(config, "num_hidden_layers", 1), 1), logits  # one layer is there again
+    except Exception:  # code that looks at values cannot be traced: per token and layer, 12 hidden and 3 inner vectors
+        hidden, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
+        vocab, inner = getattr(config, "vocab_size", 0), getattr(config, "intermediate_size", None) or 4 * hidden
+        tokens = 4 * step.rows * step.length
+        return tokens * (layers * (12 * hidden + 3 * inner) + 2 * vocab), tokens * vocab
+    finally:
+        model.train(training)
+
+
+def _trace(model: Any, chosen: set[int], step: Step) -> tuple[int, int]:
+    """Run the model on fake tensors and add up what autograd saves, each storage once, parameters left out."""
+    dtypes = {p.dtype for p in model.parameters()}
+    precision = step.precision if step.precision != "fp32" else next((HALVES[d] for d in dtypes if d in HALVES), "fp32")
+    saved: dict[int, tuple[Any, int]] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        values: dict[str, Tensor] = {k: torch.empty(b.shape, dtype=b.dtype) for k, b in model.named_buffers()}
+        for k, p in model.named_parameters():
+            dtype = torch.float32 if id(p) in chosen and p.dtype in HALVES else p.dtype
+            values[k] = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=id(p) in chosen)
+        own = {v.untyped_storage()._cdata for v in values.values()}
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage._cdata not in own:
+                saved[storage._cdata] = storage, storage.nbytes()
+            return t
+
+        ids = torch.zeros(step.rows, step.length, dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        with hooks, autocast(torch.device("cpu"), precision):
+            logits = functional_call(model, values, (), inputs).logits
+            logits, labels = (logits, ids[:, 0]) if logits.ndim == 2 else (logits[:, :-1], ids[:, 1:])
+            flat = logits.reshape(-1, logits.shape[-1]).float()
+            loss = nn.functional.cross_entropy(flat, labels.reshape(-1), reduction="sum")
+        del loss
+        return sum(n for _, n in saved.values()), flat.numel() * flat.element_size()
+
+
+def _bytes(view: View, names: Iterable[str] | None = None) -> int:
+    """Of the model as it is, or of some tensors of the view as they are trained."""
+    if names is None:
+        return sum(p.numel() * p.element_size() for p in view.model.parameters())
+    chosen = (view.params[k] for k in names if k in view.params)
+    return sum(p.numel() * (4 if p.dtype in HALVES else p.element_size()) for p in chosen)
+
+
+def _lowest(names: Iterable[str]) -> float:
+    """The lowest layer among the tensors; what is in no layer may be below all."""
+    return min((int(m[1]) if (m := LAYER.search(k)) else -1 for k in names), default=math.inf)
+
+
+def shortage(rows: Iterable[tuple[Any, float | None, Memory]]) -> list[str]:
+    """A line for each kind of client whose memory is too small, from (client, its GB or None, what it needs)."""
+    short: dict[tuple[float, int], list[str]] = {}
+    for client, gb, need in rows:
+        if gb is not None and need.total > gb * 1e9:
+            short.setdefault((gb, need.total), []).append(str(client))
+    return [
+        f"memory of client {', '.join(who[:10])}{f' and {len(who) - 10} more' if len(who) > 10 else ''}: needs about "
+        f"{total:,} bytes ({total / 1e9:.2f} GB), has {gb:g} GB; lower training.batch_size or data.max_length, set "
+        f"model.gradient_checkpointing, or train fewer tensors at once"
+        for (gb, total), who in short.items()
+    ]
