@@ -113,7 +113,8 @@ def _headline(run: Any) -> str:
         shown = (
             f" (n = {last['n']}, 95 % {last['loss_low']:.4f} to {last['loss_high']:.4f})" if "loss_low" in last else ""
         )
-        lines.append(f"held-out loss {s['start_loss']:.4f} -> {s['final_loss']:.4f}{shown}")
+        before = f"{s['start_loss']:.4f} -> " if s["start_loss"] is not None else ""
+        lines.append(f"held-out loss {before}{s['final_loss']:.4f}{shown}")
     for key, n in (("accuracy", "n"), ("gsm8k", "gsm8k_n")):
         if key in last:
             low, high = last[f"{key}_low"], last[f"{key}_high"]
@@ -128,6 +129,7 @@ def plan(recipe: RecipeFile, sets: Sets = None) -> None:
     """Bytes, virtual hours and memory per client, before anything is spent."""
     from hocket import plan as plans
     from hocket import recipe as recipes
+    from hocket.needs import shortage
 
     loaded = recipes.load(recipe, sets or ())
     rows = None
@@ -151,16 +153,46 @@ def plan(recipe: RecipeFile, sets: Sets = None) -> None:
             f"{c['memory'].total / 1e9:.2f}", fits,
         )  # fmt: skip
     console.print(table)
-    m = p["clients"][0]["memory"]
+    m = max((c["memory"] for c in p["clients"]), key=lambda m: m.total)
     console.print(
-        f"memory of a client, GB: weights {m.weights / 1e9:.2f}, trained copy {m.trained / 1e9:.2f}, gradients "
-        f"{m.gradients / 1e9:.2f}, optimizer {m.optimizer / 1e9:.2f}, in flight {m.in_flight / 1e9:.2f}, "
-        f"activations about {m.activations / 1e9:.2f}"
+        f"memory of the client that needs most, GB: weights {m.weights / 1e9:.2f}, trained copy {m.trained / 1e9:.2f}, "
+        f"gradients {m.gradients / 1e9:.2f}, optimizer {m.optimizer / 1e9:.2f}, in flight {m.in_flight / 1e9:.2f}, "
+        f"kept {m.kept / 1e9:.2f}, activations about {(m.activations + m.logits) / 1e9:.2f}"
     )
+    for line in shortage(p["clients"]):
+        console.print(f"[bold red]warning[/]: {line}")
     console.print(
         f"virtual time {p['seconds']:.1f} s ({p['seconds'] / 3600:.2f} h) for {p['turns']} turns; "
         f"{p['down'] / 1e6:.1f} MB down, {p['up'] / 1e6:.1f} MB up"
     )
+
+
+@app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(help="Studies (see docs/comparing.md) or recipes.", metavar="FILE...")],
+    out: Annotated[Path, typer.Option(help="Folder of runs and results.")] = Path("runs/compare"),
+    results: Annotated[Path | None, typer.Option(help="Folder for one JSON a study; default OUT.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    seeds: Annotated[str | None, typer.Option(help="Seeds for plain recipes: 0,1,2.")] = None,
+) -> None:
+    """Set recipes side by side: runs what is missing, over seeds, and says which differences are larger than chance."""
+    from hocket import compare as comparisons
+    from hocket import study
+
+    try:
+        chosen = [int(s) for s in seeds.split(",")] if seeds else None
+    except ValueError as error:
+        raise HocketError(f"--seeds {seeds}: write whole numbers, as in 0,1,2") from error
+    studies = study.gather(files, chosen)
+    try:
+        found = comparisons.compare(studies, out, jobs, lambda line: console.print(line, markup=False))
+    except Interrupted:
+        errors.print("stopped; go on with the same command")
+        raise typer.Exit(130) from None
+    for name, result in found.items():
+        console.print(f"\n{name}\n{comparisons.table(result)}", markup=False)
+    for path in comparisons.write(found, results or out):
+        console.print(f"result: {path}")
 
 
 @app.command()

@@ -92,7 +92,8 @@ class Ledger:
 
     def load_totals(self, saved: dict[str, Any]) -> None:
         """Take over the totals of `state_dict`; the position is the constructor's business."""
-        self.bytes, self.seconds = dict(saved["bytes"]), dict(saved["seconds"])
+        self.bytes = {k: saved["bytes"][k] for k in self.bytes}  # the order is part of the file
+        self.seconds = {k: saved["seconds"][k] for k in self.seconds}
         self.updates, self.losses = saved["updates"], saved["losses"]
 
 

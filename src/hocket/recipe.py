@@ -29,6 +29,7 @@ from hocket.training import Training
 
 PRESETS: dict[str, dict[str, Any]] = {
     "parablock": {"method": {"name": "fedbcd"}, "schedule": {"name": "overlap", "staleness": 1}},
+    "fedcybgd": {"method": {"name": "fedcybgd"}, "schedule": {"name": "cyclic"}},
 }
 """Published systems as points in the space; what a recipe sets itself wins."""
 
@@ -66,7 +67,7 @@ class DataSection(Section):
     heldout_source: Annotated[str | None, Field(description="held-out rows; none: a share of `source`")] = None
     heldout_fraction: float = Field(0.1, gt=0, lt=1, description="share of rows held out if there is no heldout_source")
     heldout_limit: Annotated[int | None, Field(ge=1, description="most held-out rows")] = None
-    limit: Annotated[int | None, Field(ge=1, description="most rows of `source`")] = None
+    limit: Annotated[int | None, Field(ge=1, description="most rows of `source`, drawn by the seed")] = None
     fields: dict[str, str] = Field(default_factory=dict, description="role = column, where names differ")
     template: Literal["auto", "chat", "alpaca", "plain"] = Field("auto", description="how a row becomes text")
     max_length: int = Field(256, ge=8, description="tokens of a row; longer ones are cut, keeping an answer token")
@@ -76,6 +77,7 @@ class DataSection(Section):
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small is unequal")
     clusters: int = Field(8, ge=2, description="text clusters of partition `clusters`")
     min_rows: int = Field(1, ge=1, description="fewest rows a client may get")
+    fill: bool = Field(False, description="clients with fewer rows than min_rows take some from whoever has most")
     packages: list[str] = Field(default_factory=list, description="packages of `docstrings`; empty: a default list")
 
 
@@ -85,6 +87,9 @@ class ClientsSection(Section):
     count: int = Field(4, ge=1, description="number of clients")
     weighting: Weighting = Field("examples", description="an update weighs examples trained on, rows held, or 1")
     preloaded: bool = Field(True, description="clients hold the start model before the run, so it costs no bytes")
+    catch_up: Literal["charged", "free"] = Field(
+        "charged", description="a client's downloads of what it missed: charged as they are, or free (still listed)"
+    )
     device: Device = Field(default=Device(), description="machine and link of every client")
     spread: dict[str, float] = Field(
         default_factory=dict,
@@ -107,7 +112,8 @@ class CodecSection(Section):
 class EvaluationSection(Section):
     """What is measured on the global model."""
 
-    every: int = Field(1, ge=1, description="turns between evaluations; the start and the end always are")
+    every: int = Field(1, ge=1, description="turns between evaluations; the end always is one")
+    start: bool = Field(True, description="evaluate the start model too")
     batch_size: int = Field(8, ge=1, description="rows in one forward pass")
     gsm8k: Annotated[str | None, Field(description="GSM8K test file or hub id; none: not scored")] = None
     gsm8k_limit: int = Field(100, ge=1, description="problems scored")

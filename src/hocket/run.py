@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import hocket
-from hocket import store
+from hocket import needs, store
 from hocket.errors import Interrupted, StoreError
 from hocket.executors import Executor, Inline, Pool
 from hocket.experiment import Experiment, setting_of
@@ -110,6 +110,7 @@ def _go(recipe: Recipe, folder: store.RunFolder, listener: Listener | None, stop
         _write_manifest(folder, experiment, created, before)
         if listener:
             listener({"what": "data", "table": experiment.data.table()})
+        needs.note(recipe, experiment.rows, folder, listener)
         ledger = Ledger(folder.ledger, saved["engine"]["ledger"]["position"] if saved else 0, listener)
         executor = _executor(experiment, stop)
         finished = None

@@ -37,7 +37,8 @@ class Simulation:
         down, up: codecs of the two directions.
         executor: where clients really compute.
         ledger, spool: the record, and the place of packets in flight.
-        evaluate: metrics of the exported view, or None; called at version 0, every `evaluate_every` versions and last.
+        evaluate: metrics of the exported view, or None; called at version 0 (unless `evaluate_start` is false), every
+            `evaluate_every` versions, and last.
         on_event: called after every event, when the state may be saved; may raise `Interrupted`.
         catch_up: whether what a client missed before the last version costs time and counts as moved; it is written
             down either way.
@@ -55,6 +56,7 @@ class Simulation:
         spool: Spool | None = None,
         evaluate: Callable[[Tree], dict[str, Any]] | None = None,
         evaluate_every: int = 1,
+        evaluate_start: bool = True,
         on_event: Callable[[], None] = lambda: None,
         catch_up: bool = True,
     ) -> None:
@@ -68,7 +70,7 @@ class Simulation:
         self.queues: dict[int, list[int]] = {}  # each client's jobs not yet computed, in order
         self.memory: dict[int, str] = {}  # where in the spool each client's private tensors are
         self.quiet = 0  # joins and leaves since anybody was asked
-        self.due: int | None = 0 if evaluate else None  # version whose evaluation is still to be done
+        self.due = 0 if evaluate and evaluate_start else None  # version whose evaluation is still to be done
         self.events = 0
         self.begun = self.finished = False
 
@@ -275,7 +277,8 @@ class Simulation:
         """Record what this job used of its client's lanes until now; a lane cut off counts its share of bytes."""
         job, now = flight.job, self.clock.now
         common = {"client": job.client, "job": job.id, "turn": job.turn, "version": job.version}
-        metrics = {k: (flight.metrics or {}).get(k) for k in ("loss", "steps", "skipped")}
+        told = ("loss", "steps", "skipped")
+        metrics = {k: v for k, v in sorted((flight.metrics or {}).items()) if k in told or k.startswith("memory_")}
         for what, lane, size, more in (
             ("down", flight.down, flight.bytes, {"catch_up": flight.catch_up or None}),
             ("compute", flight.compute, 0, metrics),

@@ -29,6 +29,7 @@ def partition(
     text: Callable[[Any], str] | None = None,
     embedder: Embedder | None = None,
     min_rows: int = 1,
+    fill: bool = False,
 ) -> tuple[list[list[int]], list[str]]:
     """(row numbers of each client, a label for each row: its value in `column`, its cluster, or "").
 
@@ -38,6 +39,7 @@ def partition(
         text: a row's text, for clusters.
         embedder: texts to vectors; None takes TF-IDF with a truncated SVD.
         min_rows: fewest rows a client may get.
+        fill: clients with fewer take what they lack from whoever has most, instead of an error.
 
     Raises:
         DataError: unknown column, too few values or rows, or a client with fewer than `min_rows`.
@@ -61,6 +63,8 @@ def partition(
         parts = _flower(labels, clients, seed, alpha)
     else:
         raise DataError(f"data.partition: there is no '{kind}'; known: iid, dirichlet, natural, clusters")
+    while fill and len(least := min(parts, key=len)) < min(min_rows, len(dataset) // clients):
+        least.append(max(parts, key=len).pop())
     used = sorted(i for p in parts for i in p)
     if used != list(range(len(dataset))):
         raise DataError(f"partition '{kind}' used {len(used)} of {len(dataset)} rows, or some twice; report this")
@@ -68,7 +72,7 @@ def partition(
         if len(part) < min_rows:
             raise DataError(
                 f"data.partition: client {client} gets {len(part)} rows, fewer than data.min_rows = {min_rows}; "
-                f"raise data.alpha, lower clients.count, or change the seed"
+                f"raise data.alpha, lower clients.count, change the seed, or set data.fill"
             )
     return [sorted(p) for p in parts], labels
 

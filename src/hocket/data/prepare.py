@@ -57,7 +57,8 @@ def prepare(
     task: str = "causal", num_labels: int | None = None, template: str = "auto",
     fields: Mapping[str, str] | None = None, max_length: int = 256, packing: bool = False, kind: str = "iid",
     clients: int = 4, column: str | None = None, alpha: float = 0.5, clusters: int = 8, min_rows: int = 1,
-    limit: int | None = None, heldout_limit: int | None = None, packages: Sequence[str] | None = None, seed: int = 0,
+    fill: bool = False, limit: int | None = None, heldout_limit: int | None = None,
+    packages: Sequence[str] | None = None, seed: int = 0,
 ) -> Prepared:  # fmt: skip
     """Load, hold out, encode, drop what cannot be used, then partition what is left.
 
@@ -79,7 +80,7 @@ def prepare(
         if limit is not None and limit < len(train):
             train = train.select(_spread(train["package"], limit, seed))
     else:
-        train = load(source, limit=limit)
+        train = load(source)
         classes = text_labels(train, fields) if task == "classification" else []
         if held is None:
             first: dict[str, int] = {}
@@ -94,8 +95,12 @@ def prepare(
             out = {values[i] for i in order[:count]}
             held = train.select([i for i, s in enumerate(same) if s in out])
             train = train.select([i for i, s in enumerate(same) if s not in out])
+        if limit is not None and limit < len(train):
+            order = torch.randperm(len(train), generator=generator(seed, "limit")).tolist()
+            train = train.select(sorted(order[:limit]))
     if heldout_limit is not None and heldout_limit < len(held):
-        order = torch.randperm(len(held), generator=generator(seed, "heldout limit")).tolist()
+        # not keyed by the seed: runs of several seeds are compared on the same rows
+        order = torch.randperm(len(held), generator=generator("heldout limit")).tolist()
         held = held.select(sorted(order[:heldout_limit]))
     options: dict[str, Any] = {
         "task": task, "template": template, "max_length": max_length, "fields": fields, "classes": classes
@@ -103,7 +108,7 @@ def prepare(
     rows, kept, skipped = encode(train, tokenizer, **options)
     usable = train.select(kept)
     parts, labels = partition(
-        usable, kind, clients, seed, column=column, alpha=alpha, clusters=clusters, min_rows=min_rows,
+        usable, kind, clients, seed, column=column, alpha=alpha, clusters=clusters, min_rows=min_rows, fill=fill,
         text=lambda r: " ".join(filter(None, (pick(r, k, n, fields) for k, n in TEXTS))),
     )  # fmt: skip
     names = [f"client {i}" for i in range(clients)]

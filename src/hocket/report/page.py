@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from hocket.errors import StoreError
 from hocket.report import charts
-from hocket.report.tables import Run, read
+from hocket.report.tables import PARTS, Run, read
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2733; --soft: #5b6b7b; --line: #d9e0e7; --card: #f6f8fa; --page: #ffffff; }
@@ -59,7 +59,7 @@ def build(runs: list[Path], out: Path) -> Path:
     body = _several(loaded, figures) if len(loaded) > 1 else _one(loaded[0])
     body += _charts(loaded, figures)
     for run in loaded:
-        body += _clients(run)
+        body += _clients(run) + _memory(run)
     for run in loaded:
         body += _details(run)
     text = (
@@ -188,6 +188,26 @@ def _clients(run: Run) -> str:
     )
 
 
+def _memory(run: Run) -> str:
+    """What each client's machine holds, by part and at the end of each phase: planned / measured."""
+    about = {c["id"]: c["name"] for c in run.manifest.get("clients", [])}
+    rows = []
+    for c in sorted(run.planned.keys() | run.measured.keys())[:200]:
+        cells = []
+        for key in PARTS:
+            both = (of.get(c, {}).get(key) for of in (run.planned, run.measured))
+            cells.append(" / ".join("-" if n is None else size(n) for n in both))
+        rows.append([escape(str(about.get(c, c))), *cells])
+    if not rows:
+        return ""
+    name = escape(run.summary()["name"])
+    return f"<h2>Memory of a client of {name}, planned and measured</h2>" + table(
+        "Bytes on the device that trains, planned / measured; the largest of a client's jobs. First by part, then what "
+        "is there at the end of each phase, and at most.",
+        ["client", *PARTS.values()], rows, "memory",
+    )  # fmt: skip
+
+
 def _details(run: Run) -> str:
     recipe = escape((run.path / "recipe.toml").read_text())
     manifest = escape(json.dumps(run.manifest, indent=2))
@@ -208,7 +228,9 @@ def table(caption: str, head: list[str], rows: list[list[str]], key: str) -> str
 
 
 def _loss(s: dict[str, Any]) -> str:
-    return "-" if s["final_loss"] is None else f"{s['start_loss']:.3f} → {s['final_loss']:.3f}"
+    if s["final_loss"] is None:
+        return "-"
+    return f"{s['start_loss']:.3f} → {s['final_loss']:.3f}" if s["start_loss"] is not None else f"{s['final_loss']:.3f}"
 
 
 def duration(seconds: float) -> str:

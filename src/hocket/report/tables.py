@@ -11,6 +11,12 @@ from typing import Any
 from hocket.errors import StoreError
 
 LANES = ("down", "compute", "up")
+PARTS = {
+    "parameters": "parameters", "private": "private", "gradients": "gradients", "optimizer": "optimizer",
+    "activations": "activations", "after_start": "start", "after_forward": "forward", "after_backward": "backward",
+    "after_step": "step", "after_upload": "upload", "peak": "most at once",
+}  # fmt: skip
+"""Columns of the memory table: key in the records, heading."""
 
 
 @dataclass
@@ -21,6 +27,8 @@ class Run:
         steps, evals, lost: records of those kinds.
         lanes: (client, lane, start, end, turn, bytes) of the first `keep` uses of lanes.
         clients: for each client sums over all its lane uses: jobs, seconds and bytes a lane, train loss, losses.
+        planned, measured: for each client bytes of memory by part and phase (see `PARTS`), the largest of its jobs;
+            empty unless the recipe states machines' memory, or asks to measure it.
         seconds: virtual time of the last record.
         label: what to call it.
     """
@@ -33,6 +41,8 @@ class Run:
     lost: list[dict[str, Any]] = field(default_factory=list)
     lanes: list[tuple[int, str, float, float, int, int]] = field(default_factory=list)
     clients: dict[int, dict[str, float]] = field(default_factory=dict)
+    planned: dict[int, dict[str, float]] = field(default_factory=dict)
+    measured: dict[int, dict[str, float]] = field(default_factory=dict)
     uses: int = 0
     seconds: float = 0.0
     finished: bool = False
@@ -44,7 +54,7 @@ class Run:
         total = {lane: sum(c[f"{lane}_bytes"] for c in self.clients.values()) for lane in ("down", "up")}
         return {
             "name": self.label,
-            "start_loss": first.get("loss"),
+            "start_loss": first.get("loss") if first.get("version") == 0 else None,
             "final_loss": last.get("loss"),
             "perplexity": last.get("perplexity"),
             "accuracy": last.get("accuracy"),
@@ -86,11 +96,14 @@ def read(path: Path, keep: int = 4000) -> Run:
     except ValueError as error:
         raise StoreError(f"'{path}': manifest.json or recipe.toml cannot be read: {error}") from error
     run = Run(path, recipe, manifest, label=manifest.get("name", path.name))
+    if (path / "memory.json").exists():  # see hocket.needs
+        run.planned = {int(c): parts for c, parts in json.loads((path / "memory.json").read_text()).items()}
     blank = {
         "jobs": 0,
         "loss": 0.0,
         "lost": 0,
         "skipped": 0,
+        "steps": 0,
         "down_bytes": 0,
         "up_bytes": 0,
         **dict.fromkeys(LANES, 0.0),
@@ -110,6 +123,7 @@ def read(path: Path, keep: int = 4000) -> Run:
 def _take(run: Run, row: dict[str, Any], blank: dict[str, float], keep: int) -> None:
     row = {k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in row.items()}  # see Ledger.add
     what = row["what"]
+    _measure(run, row)
     run.seconds = max(run.seconds, row.get("t", 0.0))
     if what in LANES:
         run.uses += 1
@@ -118,6 +132,7 @@ def _take(run: Run, row: dict[str, Any], blank: dict[str, float], keep: int) -> 
         if what == "compute":
             c["jobs"] += 1
             c["loss"] += row.get("loss", 0.0)
+            c["steps"] += row.get("steps", 0)
             c["skipped"] += row.get("skipped", 0)
         else:
             c[f"{what}_bytes"] += row["bytes"]
@@ -132,6 +147,16 @@ def _take(run: Run, row: dict[str, Any], blank: dict[str, float], keep: int) -> 
         run.evals.append(row)
     elif what == "end":
         run.finished = True
+
+
+def _measure(run: Run, row: dict[str, Any]) -> None:
+    """Keep the largest of what a client's jobs measured. While it uploads it holds its parameters and the packet."""
+    found = {k.removeprefix("memory_"): v for k, v in row.items() if k.startswith("memory_")}
+    if row["what"] == "up" and (so_far := run.measured.get(row["client"])):
+        found = {"after_upload": so_far["parameters"] + so_far["private"] + row["bytes"]}
+    if found:
+        most = run.measured.setdefault(row["client"], {})
+        most.update({k: max(v, most.get(k, 0.0)) for k, v in found.items()})
 
 
 def thin(points: list[Any], most: int = 2000) -> list[Any]:

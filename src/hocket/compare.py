@@ -1,0 +1,231 @@
+"""Run studies, each run once and in its own folder, and say which differences are larger than chance.
+
+A run's folder is named by the hash of its recipe: asked again, finished runs are read and unfinished ones resumed, so a
+comparison that was stopped goes on with the same command. Rates are chosen first, each on its own data (`Study.tune`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from hocket.errors import HocketError, Interrupted, RecipeError
+from hocket.provenance import git_hash
+from hocket.recipe import Recipe, parse
+from hocket.study import Study, Variant
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Chosen:
+    """A variant with its rate: what each rate gave in tuning (nothing if there was no choice)."""
+
+    variant: Variant
+    rate: float | None
+    tuned: dict[float, float] = field(default_factory=dict)
+
+
+def compare(studies: Sequence[Study], out: Path, jobs: int = 1, say: Say = print) -> dict[str, dict[str, Any]]:
+    """Run what is missing and sum up; results by study.
+
+    Args:
+        out: run folders go to `out`/runs.
+        jobs: runs at the same time, each with an equal share of the cores.
+
+    Raises:
+        RecipeError: a variant has no rate, and none of its name has one.
+        HocketError: a run failed; those finished are kept.
+        Interrupted: stopped; the same command goes on.
+    """
+    runner = Runner(out / "runs", jobs, say)
+    try:
+        runner.all([r for s in studies for v in s.variant for r in s.tuning(v).values()], "tuning")
+        tuned = {v.name: _tuned(s, v, runner) for s in reversed(studies) for v in s.variant if v.rates}
+        chosen = {s.study: {v.name: _choose(s, v, tuned, runner) for v in s.variant} for s in studies}
+        final = [r for s in studies for c in chosen[s.study].values() for r in s.runs(c.variant, c.rate).values()]
+        runner.all(final, "runs")
+    finally:
+        runner.close()
+    return {s.study: summary(s, chosen[s.study], runner) for s in studies}
+
+
+def _tuned(study: Study, variant: Variant, runner: Runner) -> Chosen:
+    """A variant that has rates, with the best of them."""
+    tuned = {rate: runner.result(recipe)["loss"] for rate, recipe in study.tuning(variant).items()}
+    return Chosen(variant, min(tuned, key=lambda r: (tuned[r], r)) if tuned else variant.rates[0], tuned)
+
+
+def _choose(study: Study, variant: Variant, tuned: Mapping[str, Chosen], runner: Runner) -> Chosen:
+    """A variant's own choice, or that of the variant it is like."""
+    if variant.rates:
+        return _tuned(study, variant, runner)
+    if (name := variant.like or variant.name) not in tuned:
+        raise RecipeError(f"study '{study.study}', variant '{variant.name}': no rates, and no '{name}' has any")
+    return Chosen(variant, tuned[name].rate)
+
+
+class Runner:
+    """Runs recipes, several at a time, each in a process that lives on for the next one."""
+
+    def __init__(self, folder: Path, jobs: int, say: Say) -> None:
+        self.folder, self.say = folder, say
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(jobs, context, initializer=_enter, initargs=(threads,))
+        self._done: dict[str, dict[str, Any]] = {}
+
+    def path(self, recipe: Recipe) -> Path:
+        """Where a recipe's run lives."""
+        return self.folder / recipe.hash
+
+    def result(self, recipe: Recipe) -> dict[str, Any]:
+        """What a finished run came to."""
+        return self._done[recipe.hash]
+
+    def all(self, recipes: Sequence[Recipe], what: str) -> None:
+        """Run what has no result yet."""
+        missing = {r.hash: r for r in recipes if r.hash not in self._done}
+        futures = {self._pool.submit(_perform, r.to_toml(), str(self.path(r))): r for r in missing.values()}
+        try:
+            for n, future in enumerate(as_completed(futures), 1):
+                recipe = futures[future]
+                done = self._done[recipe.hash] = future.result()
+                wall = f"{done['wall_seconds']:.0f} s" if done["ran"] else "was there"
+                self.say(
+                    f"[{n}/{len(futures)} {what}] {recipe.name}, rate {recipe.training.lr:g}, seed {recipe.seed}: "
+                    f"held-out loss {done['loss']:.4f} ({wall})"
+                )
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def close(self) -> None:
+        """Let the processes go, after what they are doing."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _enter(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _perform(toml: str, folder: str) -> dict[str, Any]:
+    """Start, resume or just read one run; in a worker process."""
+    import tomllib
+
+    from hocket import report, run
+
+    path = Path(folder)
+    ran = not ((path / "manifest.json").exists() and (path / "ledger.jsonl").exists() and report.read(path).finished)
+    if ran:
+        if (path / "recipe.toml").exists():
+            run.resume(path)
+        else:
+            run.start(parse(tomllib.loads(toml)), path)
+        for spent in ("checkpoint", "spool"):  # only what can be read off a run is kept, not its model
+            shutil.rmtree(path / spent, ignore_errors=True)
+    found = report.read(path)
+    if not found.evals:
+        raise HocketError(f"'{path}' has no evaluation")
+    last = found.evals[-1]
+    s = found.summary()
+    return {
+        "ran": ran, "loss": _number(last["loss"]), "start_loss": s["start_loss"], "heldout_rows": last["n"],
+        "interval": [last.get("loss_low"), last.get("loss_high")], "virtual_seconds": s["virtual_seconds"],
+        "up_bytes": s["up_bytes"], "down_bytes": s["down_bytes"], "catch_up_bytes": found.steps[-1].get("catch_up", 0),
+        "local_steps": int(sum(c.get("steps", 0) for c in found.clients.values())), "turns": s["versions"],
+        "curve": found.curve("t"), "wall_seconds": found.manifest["wall_seconds"],
+        "accuracy": s["accuracy"], "gsm8k": s["gsm8k"],
+    }  # fmt: skip
+
+
+def _number(x: Any) -> float:
+    return float(x) if math.isfinite(float(x)) else math.inf  # diverged: worse than anything
+
+
+def summary(study: Study, chosen: Mapping[str, Chosen], runner: Runner) -> dict[str, Any]:
+    """For each variant its rate, losses by seed with mean and standard deviation, and its paired difference to
+    `versus`: mean, 95 % interval (Student's t over seeds) and two-sided p; times and bytes are means over seeds."""
+    versus = study.versus or study.variant[0].name
+    runs = {n: {s: runner.result(r) for s, r in study.runs(c.variant, c.rate).items()} for n, c in chosen.items()}
+    base = [r["start_loss"] for rs in runs.values() for r in rs.values() if r["start_loss"] is not None]
+    rows = {}
+    for name, by_seed in runs.items():
+        losses = [by_seed[s]["loss"] for s in study.seeds]
+        mean = lambda key, rs=by_seed: statistics.fmean(r[key] for r in rs.values())  # noqa: E731
+        rows[name] = {
+            "rate": chosen[name].rate,
+            "tuning": {f"{rate:g}": loss for rate, loss in chosen[name].tuned.items()},
+            "losses": losses,
+            "loss": statistics.fmean(losses),
+            "sd": statistics.stdev(losses) if len(losses) > 1 else None,
+            "difference": paired(losses, [runs[versus][s]["loss"] for s in study.seeds]) if name != versus else None,
+            **{k: mean(k) for k in ("virtual_seconds", "up_bytes", "down_bytes", "catch_up_bytes", "wall_seconds")},
+            "turns": next(iter(by_seed.values()))["turns"],
+            "local_steps": mean("local_steps"),
+            "curves": [by_seed[s]["curve"] for s in study.seeds],
+        }
+    rows_n = next(iter(next(iter(runs.values())).values()))["heldout_rows"]
+    return {
+        "study": study.study, "git": git_hash(), "seeds": study.seeds, "versus": versus, "heldout_rows": rows_n,
+        "base_loss": base[0] if base else None, "variants": rows,
+    }  # fmt: skip
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float] | None:
+    """Mean of a - b over the same seeds, its 95 % interval and two-sided p; None for fewer than two seeds."""
+    d = [x - y for x, y in zip(a, b, strict=True)]
+    if len(d) < 2 or not all(map(math.isfinite, d)):
+        return None
+    mean, spread = statistics.fmean(d), statistics.stdev(d) / math.sqrt(len(d))
+    half = float(stats.t.ppf(0.975, len(d) - 1)) * spread
+    p = float(2 * stats.t.sf(abs(mean) / spread, len(d) - 1)) if spread else float(mean == 0)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "p": p}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A study's result as a Markdown table."""
+    versus = result["versus"]
+    first = result["variants"][versus]["virtual_seconds"]
+    lines = [
+        f"| variant | rate | held-out loss, mean ± sd of {len(result['seeds'])} | minus {versus} (95 %) | p "
+        "| virtual s | ratio | up MB | down MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    if result["base_loss"] is not None:
+        lines.append(f"| start model | - | {result['base_loss']:.4f} | - | - | - | - | - | - |")
+    for name, v in result["variants"].items():
+        d = v["difference"]
+        apart = f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f}) | {d['p']:.2g}" if d else "- | -"
+        sd = f" ± {v['sd']:.4f}" if v["sd"] is not None else ""
+        lines.append(
+            f"| {name} | {v['rate']:g} | {v['loss']:.4f}{sd} | {apart} | {v['virtual_seconds']:.1f} "
+            f"| {v['virtual_seconds'] / first:.2f} | {v['up_bytes'] / 1e6:.1f} | {v['down_bytes'] / 1e6:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def write(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
+    """One JSON file a study."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, result in results.items():
+        paths.append(folder / f"{name}.json")
+        paths[-1].write_text(json.dumps(result, indent=1) + "\n")
+    return paths
