@@ -192,7 +192,9 @@ class TorchTrainer:
             for i, micro in enumerate(self._batches(local)):
                 if self.interrupted():
                     raise Interrupted
-                meter = Meter(model, [start[k] for k in names], _held(optimizer)) if i == measured else None
+                meter = None
+                if i == measured:
+                    meter = Meter(model, [start[k] for k in names], local.memory.values(), _held(optimizer))
                 with meter or nullcontext():
                     count = sum(_count(b) for b in micro)
                     value = sum(self._backward(b, count, scaler, meter) for b in micro)

@@ -62,6 +62,19 @@ class Memory:
         return self.weights + self.trained + self.in_flight + self.kept
 
     @property
+    def table(self) -> dict[str, int]:
+        """By the names under which `Meter` measures, without their `memory_`."""
+        return {
+            "parameters": self.weights + self.trained,
+            "private": self.in_flight + self.kept,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations,
+            **{f"after_{phase}": n for phase, n in self.phases.items()},
+            "peak": self.total,
+        }
+
+    @property
     def phases(self) -> dict[str, int]:
         """What is there at the end of each phase of a job; the packet of an upload counts as it is with codec `raw`."""
         return {
@@ -188,7 +201,9 @@ def activations(view: View, names: Iterable[str], step: Step) -> tuple[int, int]
         plain = _trace(model.train(), chosen, step)
         if not step.checkpointing:
             return plain
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # renamed in later releases of transformers
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         kept, logits = _trace(model, chosen, step)
         return kept + plain[0] // max(getattr(config, "num_hidden_layers", 1), 1), logits  # one layer is there again
     except Exception:  # code that looks at values cannot be traced: per token and layer, 12 hidden and 3 inner vectors
@@ -241,17 +256,3 @@ def _bytes(view: View, names: Iterable[str] | None = None) -> int:
 def _lowest(names: Iterable[str]) -> float:
     """The lowest layer among the tensors; what is in no layer may be below all."""
     return min((int(m[1]) if (m := LAYER.search(k)) else -1 for k in names), default=math.inf)
-
-
-def shortage(rows: Iterable[tuple[Any, float | None, Memory]]) -> list[str]:
-    """A line for each kind of client whose memory is too small, from (client, its GB or None, what it needs)."""
-    short: dict[tuple[float, int], list[str]] = {}
-    for client, gb, need in rows:
-        if gb is not None and need.total > gb * 1e9:
-            short.setdefault((gb, need.total), []).append(str(client))
-    return [
-        f"memory of client {', '.join(who[:10])}{f' and {len(who) - 10} more' if len(who) > 10 else ''}: needs about "
-        f"{total:,} bytes ({total / 1e9:.2f} GB), has {gb:g} GB; lower training.batch_size or data.max_length, set "
-        f"model.gradient_checkpointing, or train fewer tensors at once"
-        for (gb, total), who in short.items()
-    ]

@@ -29,19 +29,21 @@ class Meter:
     Args:
         model: what computes.
         start: start values of what trains; counted if they lie on the model's device.
+        private: the client's tensors from earlier jobs, counted likewise.
         state: the optimizer's state from earlier steps.
 
     Attributes:
-        parts: `memory_parameters`, `memory_activations` and what is given to `mark`; live bytes
+        parts: bytes `memory_parameters`, `memory_private`, `memory_activations` and what is given to `mark`; live bytes
             `memory_after_<phase>`, and `memory_peak`.
     """
 
-    def __init__(self, model: Any, start: Iterable[Tensor], state: Iterable[Any]) -> None:
+    def __init__(self, model: Any, start: Iterable[Tensor], private: Iterable[Tensor], state: Iterable[Any]) -> None:
         self.device = next(model.parameters()).device
         held = [*model.parameters(), *model.buffers(), *(t for t in start if t.device == self.device)]
+        apart = [t for t in private if t.device == self.device]
         self._own = {t.untyped_storage().data_ptr() for t in held}
-        self._before = size([*held, *state])
-        self.parts: dict[str, float] = {"memory_parameters": size(held), "memory_activations": 0.0}
+        self._before = size([*held, *apart, *state])
+        self.parts = {"memory_parameters": size(held), "memory_private": size(apart), "memory_activations": 0.0}
         self._profile: Any = None
 
     def __enter__(self) -> Meter:

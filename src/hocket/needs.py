@@ -1,0 +1,39 @@
+"""Clients' memory before a run: who has too little, and the plan that the report sets beside what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from hocket.errors import HocketError
+from hocket.plan import plan
+from hocket.recipe import Recipe
+from hocket.store import RunFolder
+
+
+def shortage(clients: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line for each kind of client, as `plan` gives them, whose stated memory is too small."""
+    short: dict[tuple[float, int], list[str]] = {}
+    for c in clients:
+        if c["fits"] is False:
+            short.setdefault((c["memory_gb"], c["memory"].total), []).append(str(c["client"]))
+    return [
+        f"memory of client {', '.join(who[:10])}{f' and {len(who) - 10} more' if len(who) > 10 else ''}: it has {gb:g} "
+        f"GB ({round(gb * 1e9):,} bytes) and needs up to {total / 1e9:.3g} GB ({total:,} bytes); lower "
+        f"training.batch_size or data.max_length, set model.gradient_checkpointing, or train fewer tensors at once"
+        for (gb, total), who in short.items()
+    ]
+
+
+def note(recipe: Recipe, rows: Sequence[int], folder: RunFolder, tell: Callable[[dict[str, Any]], None] | None) -> None:
+    """Plan clients' memory if it is stated or to be measured: warn, and write `memory.json` into the run's folder."""
+    if not recipe.training.measure_memory and all(d.memory_gb is None for d in recipe.devices()):
+        return
+    try:
+        clients = plan(recipe, rows)["clients"]
+    except HocketError:
+        return  # what is wrong with the run, it says itself when it comes to it
+    for line in shortage(clients):
+        if tell:
+            tell({"what": "warning", "text": line})
+    folder.write_json(folder.path / "memory.json", {str(c["client"]): c["memory"].table for c in clients})
