@@ -286,7 +286,7 @@ def test_blocks_partition_the_view(partial: bool, extras: bool, count: int) -> N
     m = method.build({"name": "fedbcd", "layers_per_block": 2, "partial": partial, "extras": extras})
     model, _ = tiny("llama", vocab=64, layers=4, width=16)
     start = make(model, m, "causal", 0).start()
-    blocks = m.blocks(start)  # type: ignore[attr-defined]
+    blocks = m.cut(start)  # type: ignore[attr-defined]
     assert sorted(k for b in blocks for k in b) == sorted(start)
     assert len([b for b in blocks if any("layers" in k for k in b)]) == count
     assert extras == any("embed" in k for k in start)
@@ -345,6 +345,98 @@ def test_autocast_on_a_gpu(precision: str) -> None:
     delta = me.fit(view.start())
     assert me.metrics["skipped"] <= 2
     assert all(torch.isfinite(d).all() for d in delta.values())
+
+
+# --- precision ------------------------------------------------------------------------------------------------------
+def half(meth: Any = "fedavg", dtype: torch.dtype = torch.bfloat16, **config: Any) -> tuple[Any, TorchTrainer]:
+    """A trainer on a model whose weights are in half precision."""
+    model, _ = tiny("llama", vocab=64, layers=4, width=16)
+    view = make(model.to(dtype), method.build(meth), "causal", 3)
+    return view, TorchTrainer(
+        view, [tokens(0, 6)], collate, Training.model_validate({"lr": 1e-2, "batch_size": 2, **config})
+    )
+
+
+def test_weights_in_bf16_train_on_fp32_masters() -> None:
+    """The plain loop of BAdam: masters in fp32, the rest in bf16, arithmetic in bf16; steps far below bf16 survive."""
+    view, trainer = half(local_steps=3, lr=1e-6)
+    start = trainer.start()
+    assert {v.dtype for v in start.values()} == {torch.float32}
+    only = lambda k: "layers.2." in k
+    delta = local(trainer).fit(start, only)
+    assert {d.dtype for d in delta.values()} == {torch.float32}
+    assert all(0 < float(d.abs().max()) < 4e-6 for d in delta.values())
+    assert {p.dtype for p in view.model.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(view.params[k].data, start[k].bfloat16()) for k in start)
+    model, _ = tiny("llama", vocab=64, layers=4, width=16)
+    model.to(torch.bfloat16).train()
+    live = {k: p for k, p in sorted(model.named_parameters()) if only(k)}
+    for k, p in model.named_parameters():
+        p.requires_grad_(k in live)
+    for p in live.values():
+        p.data = p.data.float()
+    optimizer = torch.optim.AdamW(live.values(), 1e-6, weight_decay=0.0, fused=True)
+    for micro in trainer._batches(local(trainer)):
+        with torch.autocast("cpu", torch.bfloat16):
+            total, count = loss_sum(model, micro[0])
+        (total / count).backward()
+        torch.nn.utils.clip_grad_norm_(list(live.values()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(delta[k], live[k].data - start[k]) for k in live)
+
+
+def test_a_bf16_model_keeps_one_copy_of_each_value_and_takes_new_ones() -> None:
+    view, trainer = half()
+    start = trainer.start()
+    first = trainer.loss(start, collate(tokens(0, 2)))
+    pointers = {k: p.data_ptr() for k, p in view.params.items()}
+    local(trainer).fit(start, lambda k: "layers.2." in k)
+    assert all(view.params[k].data_ptr() == pointers[k] for k in start if "layers.2." not in k)
+    assert torch.equal(trainer.loss(start, collate(tokens(0, 2))), first)
+    assert not torch.equal(trainer.loss({k: v * 1.5 for k, v in start.items()}, collate(tokens(0, 2))), first)
+
+
+def test_a_bf16_model_learns_as_an_fp32_one_does() -> None:
+    """The same federation in both precisions; the server's sums are in fp32, so small updates add up."""
+    ends = []
+    for dtype in (torch.float32, torch.bfloat16):
+        _, trainer = half("fedbcd", dtype, local_steps=4, lr=3e-3)
+        params, batch = trainer.start(), collate(tokens(0, 6))
+        before = float(trainer.loss(params, batch))
+        for turn in range(12):
+            me = local(trainer, turn=turn, turns=12, visit=turn, cache=params)
+            delta = method.build("fedbcd").train(me, params)
+            params = params | {k: params[k] + d for k, d in delta.items()}
+        ends.append((before, float(trainer.loss(params, batch))))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=0.01)
+    assert ends[0][1] < 0.9 * ends[0][0]
+    assert ends[1][1] == pytest.approx(ends[0][1], rel=0.02)
+
+
+def test_lora_on_a_bf16_base() -> None:
+    view, trainer = half({"name": "fedit", "rank": 2})
+    delta = local(trainer).fit(trainer.start())
+    assert {d.dtype for d in delta.values()} == {torch.float32}
+    assert any(d.abs().max() > 0 for k, d in delta.items() if ".lora_B." in k)
+
+
+def test_a_client_keeps_its_loss_scale() -> None:
+    """fp16: a job goes on with the scale its client's last job found; other clients have their own."""
+    _, trainer = half(dtype=torch.float32, precision="fp16", local_steps=3)
+    start, memory = trainer.start(), {}
+    me = local(trainer, memory=memory)
+    fit = trainer._loss
+    trainer._loss = lambda model, batch: (lambda t, n: (t * float("inf"), n))(*fit(model, batch))
+    me.fit(start)
+    assert me.metrics["skipped"] == 3
+    assert memory["scaler/scale"].tolist() == [65536 / 8, 0]
+    trainer._loss = fit
+    again = local(trainer, memory=memory, visit=1)
+    again.fit(start)
+    assert again.metrics["skipped"] == 0
+    assert memory["scaler/scale"].tolist() == [65536 / 8, 3]
+    assert "scaler/scale" not in local(trainer).memory
 
 
 def test_a_plan_counts_numbers_as_clients_train_them(tmp_path: Path) -> None:
