@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -23,7 +24,7 @@ class Cyclic(Sync):
 
     cohort: int | float = Field(default=1, ge=1, description="clients a turn (FedCyBGD's aggregated mode: several)")
 
-    def _choose(self, server: Server, turn: int, online: list[int], count: int) -> list[int]:
+    def _choose(self, server: Server, turn: int, online: list[int], goal: int) -> list[int]:
         first = turn * int(self.cohort) % len(server.clients)
         order = [*range(first, len(server.clients)), *range(first)]
-        return [c for c in order if c in server.online][:count]
+        return [c for c in order if c in server.online][: math.ceil(goal * self.over_selection - 1e-9)]

@@ -66,16 +66,21 @@ class Sync(Schedule):
         if len(online) < self.minimum:
             return []  # a turn that could never have enough waits for others to join
         goal = min(goal, len(online))
-        chosen = self._choose(server, turn, online, math.ceil(goal * self.over_selection - 1e-9))
+        chosen = self._choose(server, turn, online, goal)
         if chosen:
             server.rounds[turn] = {"goal": goal, "asked": {}, "open": 0, "arrived": 0}
         return chosen
 
-    def _choose(self, server: Server, turn: int, online: list[int], count: int) -> list[int]:
-        """The turn's cohort; those still busy with an earlier turn that is not waited for come last."""
-        late = {j.client for j in server.outstanding.values() if j.turn < server.version}
+    def _choose(self, server: Server, turn: int, online: list[int], goal: int) -> list[int]:
+        """The turn's cohort. Who is still busy with a turn that is over is asked only if the goal needs it, the longest
+        busy last, so that a slow client never gathers a queue."""
+        busy: dict[int, int] = {}
+        for job in server.outstanding.values():
+            if job.turn < server.version:
+                busy[job.client] = min(job.turn, busy.get(job.client, job.turn))
         order = server.sample(online, len(online), "cohort", turn)
-        return sorted(order, key=lambda c: c in late)[:count]
+        free = [c for c in order if c not in busy][: math.ceil(goal * self.over_selection - 1e-9)]
+        return free + sorted((c for c in order if c in busy), key=lambda c: -busy[c])[: max(0, goal - len(free))]
 
     def _replace(self, server: Server, turn: int) -> list[int]:
         """Others for those lost, only as many as the minimum needs; the least asked first."""
