@@ -25,8 +25,9 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from hocket.errors import RecipeError
-from hocket.recipe import Recipe, Section, parse
+from hocket.recipe import Recipe, parse
 from hocket.registry import explain
+from hocket.sections import Section
 
 
 class Variant(Section):

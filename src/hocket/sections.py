@@ -1,0 +1,107 @@
+"""The tables of a recipe: what each may hold, and what every field means."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from hocket.client import Weighting
+from hocket.clock import Device
+from hocket.codecs.base import codec as codecs
+
+
+def entry(registry: Any, field: str) -> BeforeValidator:
+    """Keep the plain data (it is what gets saved), once it has been shown to build."""
+
+    def check(value: Any) -> Any:
+        registry.build(value, field)
+        return {"name": value} if isinstance(value, str) else value
+
+    return BeforeValidator(check)
+
+
+class Section(BaseModel):
+    """A table of the recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """Which model."""
+
+    source: str = Field(description="hub id, folder, .gguf file, a name from `hocket models list`, or tiny:llama")
+    task: Literal["causal", "classification"] = Field("causal", description="next token, or one label a row")
+    num_labels: int = Field(2, ge=2, description="labels of a classification head")
+    gradient_checkpointing: bool = Field(False, description="trade a second forward pass for activation memory")
+    device: str = Field("auto", description="auto (GPU if there is one), cpu, cuda, cuda:1")
+
+
+class DataSection(Section):
+    """Whose data, and how it is split."""
+
+    source: str = Field(description="file (.jsonl, .jsonl.gz, .parquet), folder, hub id, or the built-in docstrings")
+    heldout_source: Annotated[str | None, Field(description="held-out rows; none: a share of `source`")] = None
+    heldout_fraction: float = Field(0.1, gt=0, lt=1, description="share of rows held out if there is no heldout_source")
+    heldout_limit: Annotated[int | None, Field(ge=1, description="most held-out rows")] = None
+    limit: Annotated[int | None, Field(ge=1, description="most rows of `source`, drawn by the seed")] = None
+    fields: dict[str, str] = Field(default_factory=dict, description="role = column, where names differ")
+    template: Literal["auto", "chat", "alpaca", "plain"] = Field("auto", description="how a row becomes text")
+    max_length: int = Field(256, ge=8, description="tokens of a row; longer ones are cut, keeping an answer token")
+    packing: bool = Field(False, description="join rows up to max_length")
+    partition: Literal["iid", "dirichlet", "natural", "clusters"] = Field("iid", description="how rows go to clients")
+    column: Annotated[str | None, Field(description="label column of dirichlet and natural")] = None
+    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small is unequal")
+    clusters: int = Field(8, ge=2, description="text clusters of partition `clusters`")
+    min_rows: int = Field(1, ge=1, description="fewest rows a client may get")
+    fill: bool = Field(False, description="clients with fewer rows than min_rows take some from whoever has most")
+    packages: list[str] = Field(default_factory=list, description="packages of `docstrings`; empty: a default list")
+
+
+class ClientsSection(Section):
+    """How many clients, and what machines and links they have."""
+
+    count: int = Field(4, ge=1, description="number of clients")
+    weighting: Weighting = Field("examples", description="an update weighs examples trained on, rows held, or 1")
+    preloaded: bool = Field(True, description="clients hold the start model before the run, so it costs no bytes")
+    catch_up: Literal["charged", "free"] = Field(
+        "charged", description="a client's downloads of what it missed: charged as they are, or free (still listed)"
+    )
+    device: Device = Field(default=Device(), description="machine and link of every client")
+    spread: dict[str, float] = Field(
+        default_factory=dict,
+        description="field of device = factor f; a client's value is multiplied by f^u, u in [0, 1]",
+    )
+    each: list[dict[str, Any]] = Field(default_factory=list, description="changes to device for client 0, 1, ...")
+
+
+class CodecSection(Section):
+    """How packets are encoded."""
+
+    up: Annotated[dict[str, Any], entry(codecs, "codec.up")] = Field(
+        default_factory=lambda: {"name": "raw"}, description="clients to server"
+    )
+    down: Annotated[dict[str, Any], entry(codecs, "codec.down")] = Field(
+        default_factory=lambda: {"name": "raw"}, description="server to clients"
+    )
+
+
+class EvaluationSection(Section):
+    """What is measured on the global model."""
+
+    every: int = Field(1, ge=1, description="turns between evaluations; the end always is one")
+    start: bool = Field(True, description="evaluate the start model too")
+    batch_size: int = Field(8, ge=1, description="rows in one forward pass")
+    gsm8k: Annotated[str | None, Field(description="GSM8K test file or hub id; none: not scored")] = None
+    gsm8k_limit: int = Field(100, ge=1, description="problems scored")
+    gsm8k_tokens: int = Field(256, ge=1, description="most new tokens of an answer")
+
+
+class EngineSection(Section):
+    """How this machine does the work; nothing here changes a result, except `threads` in the last bits."""
+
+    workers: int = Field(0, ge=0, description="worker processes; 0 trains in this one")
+    threads: int = Field(0, ge=0, description="torch threads of each process; 0: torch's own choice")
+    checkpoint_every: int = Field(1, ge=1, description="turns between checkpoints")
+    spool_mb: int = Field(256, ge=0, description="packets in flight kept in memory before they go to disk")
+    tensorboard: bool = Field(False, description="log scalars for TensorBoard (extra 'tensorboard')")
