@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format bench clean
+.PHONY: help env demo test lint format bench parablock clean
 
 help:  ## this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(READY)  ## the environment in .venv, with everything tests and demo need
 
@@ -36,6 +36,11 @@ format: $(READY)  ## let ruff rewrite the sources
 
 bench: $(READY)  ## the benchmarks; each prints ratios measured in one run and writes benchmarks/results/
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+parablock: $(READY)  ## ParaBlock's comparison on SmolLM2, resumable (about two hours on two cores; see docs/parablock.md)
+	$(BIN)/python -m hocket models pull smollm2-135m-instruct
+	$(BIN)/python -m hocket compare benchmarks/parablock/*.toml --jobs 2 --results benchmarks/parablock/results
+	$(BIN)/python benchmarks/parablock/report.py
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

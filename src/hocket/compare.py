@@ -49,6 +49,13 @@ def compare(studies: Sequence[Study], out: Path, jobs: int = 1, say: Say = print
         HocketError: a run failed; those finished are kept.
         Interrupted: stopped; the same command goes on.
     """
+    known = {v.name for s in studies for v in s.variant if v.rates}
+    for study in studies:
+        for v in study.variant:
+            if not v.rates and (v.like or v.name) not in known:
+                raise RecipeError(
+                    f"study '{study.study}', variant '{v.name}': no rates, and no '{v.like or v.name}' has"
+                )
     runner = Runner(out / "runs", jobs, say)
     try:
         runner.all([r for s in studies for v in s.variant for r in s.tuning(v).values()], "tuning")
@@ -71,9 +78,7 @@ def _choose(study: Study, variant: Variant, tuned: Mapping[str, Chosen], runner:
     """A variant's own choice, or that of the variant it is like."""
     if variant.rates:
         return _tuned(study, variant, runner)
-    if (name := variant.like or variant.name) not in tuned:
-        raise RecipeError(f"study '{study.study}', variant '{variant.name}': no rates, and no '{name}' has any")
-    return Chosen(variant, tuned[name].rate)
+    return Chosen(variant, tuned[variant.like or variant.name].rate)
 
 
 class Runner:

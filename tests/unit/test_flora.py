@@ -114,7 +114,7 @@ def test_merged_logits_are_those_of_the_stacked_adapters(arch: str) -> None:
 
 def test_every_round_starts_from_fresh_factors_of_each_clients_own() -> None:
     w = language(meth={"name": "flora", "rank": 2}, turns=3).run()
-    a = [k for k in w.iterates[0] if k.endswith(A)][0]
+    a = next(k for k in w.iterates[0] if k.endswith(A))
     assert len({w.starts[c, t][a].sum().item() for c in range(3) for t in range(3)}) == 9
     assert all(not start[k].any() for start in w.starts.values() for k in start if k.endswith(B))
     base = a.removesuffix(A) + BASE
