@@ -123,14 +123,14 @@ class TorchTrainer:
             self._place({k: start[k] for k in names})
 
     def _place(self, values: Tree) -> None:
-        """Put values into the model, in the model's precision."""
-        here = dict(values)
+        """Put values into the model, in the model's precision; one at a time, so that there are never two models."""
         for k, v in values.items():
-            if self._dtypes[k] in HALVES and v.dtype != self._dtypes[k]:
+            here, dtype = v, self._dtypes.get(k)
+            if dtype in HALVES and v.dtype != dtype:
                 if k not in self._cast or self._cast[k][0] is not v:
-                    self._cast[k] = v, v.to(self.view.device, self._dtypes[k])
-                here[k] = self._cast[k][1]
-        self.view.place(here)
+                    self._cast[k] = v, v.to(self.view.device, dtype)
+                here = self._cast[k][1]
+            self.view.place({k: here})
 
     def _loosen(self, name: str, value: Tensor) -> nn.Parameter:
         """Let a parameter train in memory of its own, in fp32 at least."""

@@ -39,7 +39,8 @@ class Memory:
         in_flight: own updates that the client remembers under overlap.
         kept: other private tensors from job to job: error feedback, kept optimizer state.
         activations: kept from the forward pass for the backward pass.
-        logits: the gradient of the logits, alive beside all activations when the backward pass begins.
+        logits: their gradient, alive beside all activations when the backward pass begins, and while it is put back
+            in its place among all positions there twice.
     """
 
     weights: int
@@ -190,7 +191,7 @@ def estimate(view: View, names: Iterable[str], step: Step, at_once: bool = True)
 
 
 def activations(view: View, names: Iterable[str], step: Step) -> tuple[int, int]:
-    """Bytes that a forward pass keeps for the backward pass of the tensors of `names`, and bytes of the logits."""
+    """Bytes that a forward pass keeps for the backward pass of the tensors of `names`, and of the logits' gradients."""
     model, chosen = view.model, {id(view.params[k]) for k in names}
     if not chosen:
         return 0, 0
@@ -210,7 +211,7 @@ def activations(view: View, names: Iterable[str], step: Step) -> tuple[int, int]
         hidden, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
         vocab, inner = getattr(config, "vocab_size", 0), getattr(config, "intermediate_size", None) or 4 * hidden
         tokens = 4 * step.rows * step.length
-        return tokens * (layers * (12 * hidden + 3 * inner) + 2 * vocab), tokens * vocab
+        return tokens * (layers * (12 * hidden + 3 * inner) + 2 * vocab), 2 * tokens * vocab
     finally:
         model.train(training)
 
@@ -242,7 +243,7 @@ def _trace(model: Any, chosen: set[int], step: Step) -> tuple[int, int]:
             flat = logits.reshape(-1, logits.shape[-1]).float()
             loss = nn.functional.cross_entropy(flat, labels.reshape(-1), reduction="sum")
         del loss
-        return sum(n for _, n in saved.values()), flat.numel() * flat.element_size()
+        return sum(n for _, n in saved.values()), 2 * flat.numel() * flat.element_size()
 
 
 def _bytes(view: View, names: Iterable[str] | None = None) -> int:
