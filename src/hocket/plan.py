@@ -21,6 +21,7 @@ from hocket.executors import Task
 from hocket.ledger import Ledger
 from hocket.methods import Client, Local, Method, State, Update
 from hocket.models import memory, views
+from hocket.models.forward import DTYPES
 from hocket.models.skeleton import skeleton
 from hocket.recipe import Recipe
 from hocket.server import Server
@@ -144,15 +145,34 @@ def plan(recipe: Recipe, rows: Sequence[int] | None = None) -> dict[str, Any]:
         rows: rows of each client; needed only if `training.local_epochs` decides the number of steps.
 
     Returns:
-        `seconds` (virtual), `down`, `up` (bytes in all), `turns`, `trainable`, `total` (elements), and `clients`: for
-        each its bytes, jobs, busy share of the run, `memory` (see `hocket.models.memory.Memory`) and whether it `fits`.
+        What `clock` gives, and for each client `memory` (see `hocket.models.memory.Memory`) and whether it `fits`.
     """
+    out, view, noted = _clock(recipe, rows)
+    need = _memory(recipe, view, noted, recipe.build_schedule().ahead)
+    for c, device in zip(out["clients"], recipe.devices(), strict=True):
+        m, gb = need[c["client"]], device.memory_gb
+        c |= {"memory": m, "memory_gb": gb, "fits": None if gb is None else m.total <= gb * 1e9}
+    return out
+
+
+def clock(recipe: Recipe, rows: Sequence[int] | None = None) -> dict[str, Any]:
+    """`plan` without memory, which takes most of the time that planning a large model takes.
+
+    Returns:
+        `seconds` (virtual), `down`, `up`, `catch_up` (bytes in all), `turns`, `trainable`, `total` (elements), and
+        `clients`: for each its bytes, jobs and busy share of the run.
+    """
+    return _clock(recipe, rows)[0]
+
+
+def _clock(recipe: Recipe, rows: Sequence[int] | None) -> tuple[dict[str, Any], views.View, memory.Noted]:
     method, schedule = recipe.build_method(), recipe.build_schedule()
     up: Any = ShapeCodec(recipe.build_codec("up"))
     down: Any = ShapeCodec(recipe.build_codec("down"))
-    model = skeleton(recipe.model.source, task=recipe.model.task, num_labels=recipe.model.num_labels)
+    m = recipe.model
+    model = skeleton(m.source, task=m.task, num_labels=m.num_labels, dtype=DTYPES[m.dtype])
     view = views.make(model, method, recipe.model.task, recipe.seed)
-    start = {k: torch.empty_like(view.params[k], device="meta") for k in sorted(view.params)}
+    start = {k: torch.empty_like(view.params[k], device="meta", dtype=torch.float32) for k in sorted(view.params)}
     shapes: Any = ShapeMethod(method)
     n = recipe.clients.count
     steps = [recipe.training.steps(rows[c] if rows else 1) for c in range(n)]
@@ -175,7 +195,6 @@ def plan(recipe: Recipe, rows: Sequence[int] | None = None) -> dict[str, Any]:
     simulation = Simulation(server, recipe.devices(), steps, down, up, ShapeExecutor(setting), ledger, catch_up=charged)
     simulation.run()
     seconds = simulation.clock.now
-    need, devices = _memory(recipe, view, noted, schedule.ahead), recipe.devices()
     clients = [
         {
             "client": c,
@@ -183,16 +202,14 @@ def plan(recipe: Recipe, rows: Sequence[int] | None = None) -> dict[str, Any]:
             "down": int(lanes["down"][c][1]),
             "up": int(lanes["up"][c][1]),
             "busy": lanes["compute"][c][2] / seconds if seconds else 0.0,
-            "memory": need[c],
-            "memory_gb": (gb := devices[c].memory_gb),
-            "fits": None if gb is None else need[c].total <= gb * 1e9,
         }
         for c in range(n)
     ]
-    return {
+    out = {
         "seconds": seconds, "turns": recipe.turns, **ledger.bytes, "trainable": view.trainable, "total": view.total,
         "clients": clients,
     }  # fmt: skip
+    return out, view, noted
 
 
 def _memory(recipe: Recipe, view: views.View, noted: memory.Noted, ahead: int) -> dict[int, memory.Memory]:

@@ -31,7 +31,7 @@ TABLE_1 = {
 def planned(model: str, codec: str, turns: int, seconds: float = 0.0, schedule: str = "sync", **method: Any) -> dict[str, Any]:
     """The plan of ten clients on half-duplex links of 100 MB/s, `seconds` of computing a round; FedBCD if not said."""
     device = {"step_seconds": seconds, "down_mb_s": 100, "up_mb_s": 100, "duplex": False}
-    return plans.plan(
+    return plans.clock(
         parse(
             {
                 "model": {"source": f"shape:{model}"}, "data": {"source": "docstrings"}, "turns": turns,
@@ -122,7 +122,7 @@ def test_a_plan_is_the_run(meth: str, setting: str, monkeypatch: pytest.MonkeyPa
     w.simulation.run()
     monkeypatch.setattr(plans, "skeleton", lambda *_, **__: tiny("llama", vocab=64, layers=4, width=8)[0])
     each = [{k: getattr(d, k) for k in ("step_seconds", "down_mb_s", "up_mb_s", "latency")} for d in DEVICES[:3]]
-    p = plans.plan(
+    p = plans.clock(
         parse(
             {
                 "model": {"source": "tiny:llama"}, "data": {"source": "docstrings"}, "turns": 4, "seed": 7,
