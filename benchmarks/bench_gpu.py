@@ -158,13 +158,13 @@ def one(fields: dict[str, Any], spool: Path) -> dict[str, Any]:
         trainer.seconds.clear()
         ours = federated(m, trainer, start, clients, spool)
         computing = statistics.mean(trainer.seconds)
-        trainer._place(start)
+        trainer.place(start)
         theirs = plain(m, trainer, start, jobs)
         if pair:  # the first pair warms up
             walls.append((ours, theirs))
     peak = {}
     if GPU:
-        trainer._place(start)
+        trainer.place(start)
         torch.cuda.reset_peak_memory_stats()
         federated(m, trainer, start, clients, spool)
         peak = {"peak_of_a_round_bytes": torch.cuda.max_memory_allocated()}

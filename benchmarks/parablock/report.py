@@ -1,6 +1,6 @@
 """Put the committed results of the studies beside this file into docs/parablock.md, as tables and a figure.
 
-`hocket compare benchmarks/parablock/*.toml --jobs 2 --results benchmarks/parablock/results` makes the results; this only reads them.
+`make parablock` makes the results; this only reads them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 from hocket.compare import table
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS, PAGE, FIGURE = Path(__file__).parent / "results", ROOT / "docs" / "parablock.md", ROOT / "docs" / "parablock.svg"
+RESULTS = Path(__file__).parent / "results"
+PAGE, FIGURE = ROOT / "docs" / "parablock.md", ROOT / "docs" / "parablock.svg"
 STUDIES = ("parablock-math", "parablock-alpaca", "parablock-overlap", "parablock-skew")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A", "#882255", "#117733", "#AA4499")
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 440, 300, 60, 36, 48
@@ -28,6 +29,18 @@ def rates(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def text(x: float, y: float, body: str, anchor: str = "middle", size: int = 11, **more: str) -> str:
+    """One line of text."""
+    style = "".join(f" {k.replace('_', '-')}='{v}'" for k, v in more.items())
+    return f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' font-size='{size}'{style}>{body}</text>"
+
+
+def line(x1: float, y1: float, x2: float, y2: float, colour: str, opacity: float = 1.0) -> str:
+    """One straight line."""
+    at = f"x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}'"
+    return f"<line {at} stroke='{colour}' opacity='{opacity}'/>"
+
+
 def panel(result: dict[str, Any], x0: int, y0: int) -> str:
     """Loss (mean and standard deviation over seeds) against virtual time to the end of the run, a dot a variant."""
     rows = result["variants"]
@@ -37,40 +50,37 @@ def panel(result: dict[str, Any], x0: int, y0: int) -> str:
     longest = max(v["virtual_seconds"] for v in rows.values()) * 1.05
     px = lambda t: x0 + LEFT + t / longest * (WIDTH - LEFT - 20)
     py = lambda y: y0 + TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM)
-    out = [f"<text x='{x0 + 8}' y='{y0 + 20}' font-weight='bold'>{result['study'].removeprefix('parablock-')}</text>"]
+    out = [text(x0 + 8, y0 + 20, result["study"].removeprefix("parablock-"), "start", 13, font_weight="bold")]
     for i in range(5):
-        y = low + (high - low) * (i + 0.5) / 5
-        out.append(f"<line x1='{px(0)}' x2='{px(longest)}' y1='{py(y):.1f}' y2='{py(y):.1f}' stroke='#808080' opacity='.25'/>")
-        out.append(f"<text x='{x0 + LEFT - 6}' y='{py(y) + 4:.1f}' text-anchor='end' font-size='11'>{y:.3f}</text>")
-    for i in range(5):
-        t = longest * i / 4
-        out.append(f"<text x='{px(t):.1f}' y='{y0 + HEIGHT - 28}' text-anchor='middle' font-size='11'>{t:.0f}</text>")
-    out.append(f"<text x='{px(longest / 2):.1f}' y='{y0 + HEIGHT - 10}' text-anchor='middle'>virtual seconds of the run</text>")
+        y, t = low + (high - low) * (i + 0.5) / 5, longest * i / 4
+        out.append(line(px(0), py(y), px(longest), py(y), "#808080", 0.25))
+        out.append(text(x0 + LEFT - 6, py(y) + 4, f"{y:.3f}", "end"))
+        out.append(text(px(t), y0 + HEIGHT - 28, f"{t:.0f}"))
+    out.append(text(px(longest / 2), y0 + HEIGHT - 10, "virtual seconds of the run", size=13))
     for i, (name, v) in enumerate(rows.items()):
-        x, y, sd, colour = px(v["virtual_seconds"]), py(v["loss"]), v["sd"] or 0.0, COLOURS[i % len(COLOURS)]
-        out.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{py(v['loss'] - sd):.1f}' y2='{py(v['loss'] + sd):.1f}' stroke='{colour}'/>")
-        out.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='4.5' fill='{colour}'/>")
-        side = "end" if x > x0 + 0.62 * WIDTH else "start"
-        shift = -9 if side == "end" else 9
-        out.append(f"<text x='{x + shift:.1f}' y='{y + 4:.1f}' text-anchor='{side}' font-size='11' fill='{colour}'>{name}</text>")
+        x, sd, colour = px(v["virtual_seconds"]), v["sd"] or 0.0, COLOURS[i % len(COLOURS)]
+        out.append(line(x, py(v["loss"] - sd), x, py(v["loss"] + sd), colour))
+        out.append(f"<circle cx='{x:.1f}' cy='{py(v['loss']):.1f}' r='4.5' fill='{colour}'/>")
+        right = x > x0 + 0.62 * WIDTH
+        out.append(text(x - 9 if right else x + 9, py(v["loss"]) + 4, name, "end" if right else "start", fill=colour))
     return "".join(out)
 
 
-def between(text: str, key: str, body: str) -> str:
-    """`text` with what stands between the marks of `key` replaced."""
+def between(page: str, key: str, body: str) -> str:
+    """`page` with what stands between the marks of `key` replaced."""
     start, end = f"<!-- {key} -->", f"<!-- /{key} -->"
-    before, _, rest = text.partition(start)
+    before, _, rest = page.partition(start)
     return f"{before}{start}\n{body}\n{end}{rest.partition(end)[2]}"
 
 
 def main() -> None:
     results = {s: json.loads((RESULTS / f"{s}.json").read_text()) for s in STUDIES}
-    text = PAGE.read_text()
+    page = PAGE.read_text()
     for name, result in results.items():
         note = f"{result['heldout_rows']} held-out rows, seeds {result['seeds']}, commit {result['git']}."
-        text = between(text, name, f"{table(result)}\n\n{note}")
-    text = between(text, "rates", rates(results["parablock-math"]))
-    PAGE.write_text(text)
+        page = between(page, name, f"{table(result)}\n\n{note}")
+    page = between(page, "rates", rates(results["parablock-math"]))
+    PAGE.write_text(page)
     panels = [panel(r, WIDTH * (i % 2), HEIGHT * (i // 2)) for i, r in enumerate(results.values())]
     FIGURE.write_text(
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {2 * WIDTH} {2 * HEIGHT}' "

@@ -15,6 +15,7 @@ from hocket.data import collate
 from hocket.errors import RecipeError
 from hocket.methods import Client
 from hocket.models import views
+from hocket.models.forward import DTYPES, autocast
 from hocket.recipe import Recipe, parse
 from hocket.server import Server
 from hocket.training import TorchTrainer
@@ -68,7 +69,7 @@ class Experiment:
         self.up, self.down = recipe.build_codec("up"), recipe.build_codec("down")
         m = recipe.model
         loaded = models.load(
-            m.source, task=m.task, num_labels=m.num_labels, device=device_of(recipe),
+            m.source, task=m.task, num_labels=m.num_labels, dtype=DTYPES[m.dtype], device=device_of(recipe),
             gradient_checkpointing=m.gradient_checkpointing, seed=recipe.seed,
         )  # fmt: skip
         self.tokenizer = loaded.tokenizer
@@ -92,21 +93,22 @@ class Experiment:
         )  # fmt: skip
 
     def server(self, params: Tree | None = None) -> Server:
-        """A server at version 0, its state sharing memory with the model."""
+        """A server at version 0, its state sharing memory with an fp32 model on the CPU."""
         r = self.recipe
         clients = [Client(i, n) for i, n in enumerate(self.rows)]
-        start = self.view.start() if params is None else params
+        start = self.trainer.start() if params is None else params
         return Server(self.method, self.schedule, start, clients, r.turns, r.seed, r.clients.preloaded)
 
     def evaluate(self, params: Tree) -> dict[str, Any]:
         """Held-out metrics of the model with `params` in place. Raises `Interrupted` when asked to stop."""
-        self.view.place(params)
+        self.trainer.place(params)
         e = self.recipe.evaluation
-        return evaluate.evaluate(
-            self.view.model, self.tokenizer, self.data.heldout, self.collate, batch_size=e.batch_size,
-            device=self.view.device, gsm8k_source=e.gsm8k, gsm8k_limit=e.gsm8k_limit, gsm8k_tokens=e.gsm8k_tokens,
-            interrupted=self.trainer.interrupted,
-        )  # fmt: skip
+        with autocast(self.view.device, self.trainer.precision):
+            return evaluate.evaluate(
+                self.view.model, self.tokenizer, self.data.heldout, self.collate, batch_size=e.batch_size,
+                device=self.view.device, gsm8k_source=e.gsm8k, gsm8k_limit=e.gsm8k_limit, gsm8k_tokens=e.gsm8k_tokens,
+                interrupted=self.trainer.interrupted,
+            )  # fmt: skip
 
 
 def setting_of(recipe_toml: str) -> Setting:

@@ -33,6 +33,9 @@ class ModelSection(Section):
     source: str = Field(description="hub id, folder, .gguf file, a name from `hocket models list`, or tiny:llama")
     task: Literal["causal", "classification"] = Field("causal", description="next token, or one label a row")
     num_labels: int = Field(2, ge=2, description="labels of a classification head")
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="precision of the weights in memory; what trains gets an fp32 copy, as in BAdam (for GPUs)"
+    )
     gradient_checkpointing: bool = Field(False, description="trade a second forward pass for activation memory")
     device: str = Field("auto", description="auto (GPU if there is one), cpu, cuda, cuda:1")
 

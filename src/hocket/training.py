@@ -47,6 +47,10 @@ class Training(BaseModel):
     local_epochs: Annotated[
         float | None, Field(gt=0, description="passes over the client's rows; replaces local_steps")
     ] = None
+    decay: Literal["all", "matrices"] = Field(
+        "all",
+        description="what decays: all that trains, or not norms and biases (as BAdam's code means to)",
+    )
     clip: Annotated[float | None, Field(gt=0, description="largest norm of the gradient; none: no clipping")] = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast; bf16 and fp16 are for GPUs")
     measure_memory: bool = Field(False, description="measure one step of every job; the report sets it beside the plan")
@@ -102,14 +106,14 @@ class TorchTrainer:
 
     def loss(self, params: Tree, batch: Any) -> Tensor:
         """Mean loss of a batch with `params` in place."""
-        self._place(params)
+        self.place(params)
         with torch.no_grad():
             total, count = self._loss(self.view.model, self._to_device(batch))
         return total / max(count, 1)
 
     def fit(self, local: Local, start: Tree, only: Callable[[str], bool], prox: float) -> Tree:
         """Deltas of the selected tensors after this client's local steps (see `Trainer`)."""
-        self._place(start)
+        self.place(start)
         names = [k for k in sorted(start) if only(k)]
         live = [self._loosen(k, start[k]) for k in names]
         try:
@@ -120,9 +124,9 @@ class TorchTrainer:
             for p in live:
                 p.requires_grad_(False)
                 p.grad = None
-            self._place({k: start[k] for k in names})
+            self.place({k: start[k] for k in names})
 
-    def _place(self, values: Tree) -> None:
+    def place(self, values: Tree) -> None:
         """Put values into the model, in the model's precision; one at a time, so that there are never two models."""
         for k, v in values.items():
             here, dtype = v, self._dtypes.get(k)
@@ -143,7 +147,7 @@ class TorchTrainer:
     def gradient_norms(self, local: Local, start: Tree) -> dict[str, float]:
         """Root mean square, over one job's batches, of the norm of each tensor's gradient at `start`. A gradient is
         measured and freed as soon as it is there, so this needs memory for the largest one only."""
-        self._place(start)
+        self.place(start)
         squares = dict.fromkeys(sorted(start), 0.0)
         model, hooks = self.view.model, []
 
@@ -251,10 +255,13 @@ class TorchTrainer:
         lr = c.rate(local.turn, local.turns)
         fused = all(p.is_floating_point() for p in live) and self.view.device.type in ("cpu", "cuda")
         optimizer: torch.optim.Optimizer
+        spared = [p for p in live if c.decay == "matrices" and p.ndim < 2]
+        groups: list[dict[str, Any]] = [{"params": [p for p in live if c.decay == "all" or p.ndim > 1]}]
+        groups += [{"params": spared, "weight_decay": 0.0}] if spared else []
         if c.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(live, lr, betas=c.betas, weight_decay=c.weight_decay, fused=fused)
+            optimizer = torch.optim.AdamW(groups, lr, betas=c.betas, weight_decay=c.weight_decay, fused=fused)
         else:
-            optimizer = torch.optim.SGD(live, lr, momentum=c.momentum, weight_decay=c.weight_decay, fused=fused)
+            optimizer = torch.optim.SGD(groups, lr, momentum=c.momentum, weight_decay=c.weight_decay, fused=fused)
         if c.optimizer_state == "keep":
             for k, p in zip(names, live, strict=True):
                 for slot in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):

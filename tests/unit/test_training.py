@@ -449,3 +449,39 @@ def test_a_plan_counts_numbers_as_clients_train_them(tmp_path: Path) -> None:
     bare = skeleton(tmp_path / "m")
     assert {p.dtype for p in bare.parameters()} == {torch.float32}
     assert {p.device.type for p in bare.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("decay", ["all", "matrices"])
+def test_norms_and_biases_can_be_spared_from_decay(decay: str) -> None:
+    """With a gradient of zero only decay moves a tensor: theta <- (1 - lr lambda) theta a step."""
+    w = language(clients=1, steps=2, training={"weight_decay": 0.5, "lr": 1e-2, "decay": decay, "clip": None})
+    trainer, start = w.trainer, w.final
+    trainer._loss = lambda model, batch: (0.0 * sum(p.sum() for p in model.parameters()), 1)
+    delta = trainer.fit(Local(0, start, {}, 0, 1, 0, 7, trainer), start, lambda name: True, 0.0)
+    for k, d in delta.items():
+        shrinks = decay == "all" or d.ndim > 1
+        assert torch.allclose(d, start[k] * ((1 - 5e-3) ** 2 - 1) if shrinks else torch.zeros_like(d), atol=1e-7), k
+
+
+def test_a_recipe_can_keep_its_weights_in_bf16(stories: Any, tmp_path: Any) -> None:
+    """Weights are bf16 in memory, the server's view and every update fp32; the run learns what the fp32 run learns."""
+    from hocket.experiment import Experiment
+    from hocket.recipe import parse
+
+    data = {
+        "turns": 2, "model": {"source": str(stories)}, "method": {"name": "fedbcd", "layers_per_block": 5},
+        "data": {"source": "docstrings", "packages": ["peft"], "limit": 40, "heldout_limit": 10, "max_length": 400, "template": "plain"},
+        "clients": {"count": 1}, "training": {"lr": 1e-3, "local_steps": 2, "batch_size": 1},
+    }  # fmt: skip
+    losses = {}
+    for dtype in ("fp32", "bf16"):
+        e = Experiment(parse(data | {"model": data["model"] | {"dtype": dtype}}))
+        state = e.server().state
+        assert {v.dtype for v in state["params"].values()} == {torch.float32}
+        assert {p.dtype for p in e.view.model.parameters()} == {torch.float32 if dtype == "fp32" else torch.bfloat16}
+        local = Local(0, state["params"], {}, 0, 1, 0, 0, e.trainer)
+        delta = e.method.train(local, state["params"])
+        assert {v.dtype for v in delta.values()} == {torch.float32}
+        after = {k: v + delta[k] if k in delta else v for k, v in state["params"].items()}
+        losses[dtype] = e.evaluate(after)["loss"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 IGNORE = -100
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def loss_sum(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
@@ -55,5 +56,5 @@ def _keeps(model: Any) -> bool:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The autocast context of a precision: `fp32` switches it off."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype if precision != "fp32" else None, enabled=precision != "fp32")
+    half = precision != "fp32"
+    return torch.autocast(device.type, dtype=DTYPES[precision] if half else None, enabled=half)

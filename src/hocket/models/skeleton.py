@@ -14,8 +14,13 @@ from hocket.models.hub import resolve
 from hocket.models.tiny import tiny
 
 
-def skeleton(source: str | Path, *, task: str = "causal", num_labels: int = 2) -> Any:
+def skeleton(
+    source: str | Path, *, task: str = "causal", num_labels: int = 2, dtype: torch.dtype = torch.float32
+) -> Any:
     """The model on the meta device: shapes, names and configuration, no weights.
+
+    Args:
+        dtype: of the weights in a client's memory, whatever the files hold.
 
     Raises:
         ModelError: the configuration cannot be found.
@@ -25,13 +30,13 @@ def skeleton(source: str | Path, *, task: str = "causal", num_labels: int = 2) -
     else:
         at = resolve(source)
         if isinstance(at, str) and at.startswith("tiny:"):
-            return tiny(at.removeprefix("tiny:"), task, 0, num_labels=num_labels)[0]
+            return tiny(at.removeprefix("tiny:"), task, 0, num_labels=num_labels)[0].to(dtype)
         config = _config(source, at)
     auto: Any = AutoModelForCausalLM
     if task == "classification":
         auto, config.num_labels = AutoModelForSequenceClassification, num_labels
     with torch.device("meta"):
-        return auto.from_config(config, dtype=torch.float32)  # clients train in fp32 whatever the files hold
+        return auto.from_config(config, dtype=dtype)
 
 
 def _config(source: str | Path, at: str | Path) -> Any:
