@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,25 @@ class Flight:
     weight: float = 0.0
     metrics: dict[str, float] | None = None
     abandoned: bool = False
+
+    def uses(self, now: float) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What the job used of its lanes until `now`, for the ledger; a lane cut off counts its share of bytes."""
+        job, told = self.job, ("loss", "steps", "skipped")
+        common: dict[str, Any] = {"client": job.client, "job": job.id, "turn": job.turn, "version": job.version}
+        metrics = {k: v for k, v in sorted((self.metrics or {}).items()) if k in told or k.startswith("memory_")}
+        for what, lane, size in (
+            ("down", self.down, self.bytes),
+            ("compute", self.compute, 0),
+            ("up", self.up, self.up_bytes),
+        ):
+            if lane is None or lane[0] > now:
+                continue
+            start, end = lane
+            share = 1.0 if end <= now else (now - start) / (end - start)
+            row = {**common, "start": start, "end": min(end, now), "bytes": round(size * share)}
+            if what == "down":
+                row["catch_up"] = round(self.catch_up * share) or None
+            yield what, row | (metrics if what == "compute" else {})
 
 
 def dump(flights: Iterable[Flight]) -> dict[str, Any]:

@@ -192,6 +192,17 @@ class Server:
             "loss": sum(x * w for x, w in losses) / total if total else None,
         }
 
+    @property
+    def standstill(self) -> str:
+        """Why nothing goes on any more, if so, and what to do about it."""
+        r = self.rounds.get(self.version, {})
+        asked = sum(r.get("asked", {}).values())
+        return (
+            f"turn {self.version}: {asked} jobs asked, {r.get('arrived', 0)} updates arrived, {len(self.online)} of "
+            f"{len(self.clients)} clients online, nobody left to ask; lower schedule.minimum, raise schedule.deadline, "
+            f"or mend the clients' loss and online settings"
+        )
+
     # --- saving -------------------------------------------------------------------------------------------------
     PLAIN = ("version", "next_id", "rounds", "visits", "held", "confirmed", "changed")
 

@@ -91,7 +91,7 @@ class Simulation:
                     break
             lonely = not self.flights and self.quiet > PATIENCE + 4 * len(self.devices)
             if lonely or not self.clock:
-                raise RunError(self._stuck())
+                raise RunError(f"stuck at second {self.clock.now:g}: {self.server.standstill}")
             kind, key = self.clock.pop()
             try:
                 getattr(self, f"_on_{kind}")(key)
@@ -274,34 +274,12 @@ class Simulation:
 
     # --- writing down -------------------------------------------------------------------------------------------
     def _end_lanes(self, flight: Flight) -> None:
-        """Record what this job used of its client's lanes until now; a lane cut off counts its share of bytes."""
-        job, now = flight.job, self.clock.now
-        common = {"client": job.client, "job": job.id, "turn": job.turn, "version": job.version}
-        told = ("loss", "steps", "skipped")
-        metrics = {k: v for k, v in sorted((flight.metrics or {}).items()) if k in told or k.startswith("memory_")}
-        for what, lane, size, more in (
-            ("down", flight.down, flight.bytes, {"catch_up": flight.catch_up or None}),
-            ("compute", flight.compute, 0, metrics),
-            ("up", flight.up, flight.up_bytes, {}),
-        ):
-            if lane is None or lane[0] > now:
-                continue
-            start, end = lane
-            share = 1.0 if end <= now else (now - start) / (end - start)
-            self.ledger.add(what, **common, start=start, end=min(end, now), bytes=round(size * share), **more)
+        """Record what this job used of its client's lanes until now."""
+        for what, row in flight.uses(self.clock.now):
+            self.ledger.add(what, **row)
 
     def _lost(self, job: Job, reason: str) -> None:
         self.ledger.add("lost", t=self.clock.now, client=job.client, job=job.id, turn=job.turn, reason=reason)
-
-    def _stuck(self) -> str:
-        s = self.server
-        r = s.rounds.get(s.version, {})
-        asked = sum(r.get("asked", {}).values())
-        return (
-            f"stuck at second {self.clock.now:g} in turn {s.version}: {asked} jobs asked, {r.get('arrived', 0)} "
-            f"updates arrived, {len(s.online)} of {len(s.clients)} clients online, nobody left to ask; lower "
-            f"schedule.minimum, raise schedule.deadline, or mend the clients' loss and online settings"
-        )
 
     # --- saving -------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
