@@ -155,18 +155,19 @@ def needs(
     for job in sorted(distinct, key=lambda j: (_lowest(j[0]), j)):
         deepest.setdefault((size[job], job[1]), job)
     one = {key: estimate(view, job[0], step, job[1]) for key, job in deepest.items()}
-    out = {}
+    idle, out = Memory(_bytes(view)), {}
     for client, done in jobs.items():
-        seen: set[str] = set()
-        most = Memory(_bytes(view))
+        seen: dict[str, int] = {}
+        most = idle
         for i, job in enumerate(done):
             need = one[size[job], job[1]]
-            private = _bytes(view, seen) * (feedback + keep * step.slots)
+            private = sum(seen.values()) * (feedback + keep * step.slots)
             flying = sum(size[j] for j in done[max(0, i - ahead) : i])
             if not step.gpu:
                 need = Memory(**{**asdict(need), "in_flight": flying, "kept": private})
             most = max(most, need, key=lambda m: m.total)
-            seen.update(job[0] if job[1] else ())
+            if (feedback or keep) and job[1]:
+                seen |= {k: _bytes(view, [k]) for k in job[0] if k not in seen}
         out[client] = most
     return out
 
