@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hocket.recipe import parse
+from hocket.study import gather
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,16 +57,20 @@ def test_readme_commands_run(command: str, stories: Path, tmp_path: Path) -> Non
 
 def test_readme_commands_exist_in_help() -> None:
     out = subprocess.run([sys.executable, "-m", "hocket", "--help"], env=ENV, capture_output=True, text=True, check=True).stdout
-    for name in ("run", "resume", "plan", "methods", "models", "report", "export"):
+    for name in ("run", "resume", "plan", "compare", "methods", "models", "report", "export"):
         assert re.search(rf"\b{name}\b", out)
         assert f"hocket {name}" in README
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_recipes_parse_and_links_lead_somewhere(page: Path) -> None:
+def test_recipes_and_studies_parse_and_links_lead_somewhere(page: Path, tmp_path: Path) -> None:
     text = page.read_text()
     for block in blocks(text, "toml"):
-        parse(tomllib.loads(block))
+        if "study" in tomllib.loads(block):
+            (tmp_path / "study.toml").write_text(block)
+            gather([tmp_path / "study.toml"])
+        else:
+            parse(tomllib.loads(block))
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), target
@@ -94,7 +99,10 @@ def test_agents_file_is_ten_rules() -> None:
 def test_results_carry_the_commit_they_came_from() -> None:
     results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     assert {r.stem for r in results} == {p.stem.removeprefix("bench_") for p in (ROOT / "benchmarks").glob("bench_*.py")}
-    for path in results:
+    studies = sorted((ROOT / "benchmarks" / "parablock").glob("*.toml"))
+    compared = sorted((ROOT / "benchmarks" / "parablock" / "results").glob("*.json"))
+    assert {r.stem for r in compared} == {f"parablock-{p.stem}" for p in studies}
+    for path in results + compared:
         assert re.fullmatch(r"[0-9a-f]{40}\+?", json.loads(path.read_text())["git"]), path
 
 

@@ -120,7 +120,8 @@ def _headline(run: Any) -> str:
             low, high = last[f"{key}_low"], last[f"{key}_high"]
             lines.append(f"{key} {last[key]:.1%} (n = {last[n]}, 95 % {low:.1%} to {high:.1%})")
     moved = (s["up_bytes"] + s["down_bytes"]) / 1e6
-    lines.append(f"virtual time {s['virtual_seconds']:.1f} s, {moved:.1f} MB moved, {s['lost']} jobs lost")
+    late = f" ({s['catch_up_bytes'] / 1e6:.1f} MB catching up, {s['catch_up']})" if s["catch_up_bytes"] else ""
+    lines.append(f"virtual time {s['virtual_seconds']:.1f} s, {moved:.1f} MB moved{late}, {s['lost']} jobs lost")
     return "\n".join(lines)
 
 
@@ -165,6 +166,9 @@ def plan(recipe: RecipeFile, sets: Sets = None) -> None:
         f"virtual time {p['seconds']:.1f} s ({p['seconds'] / 3600:.2f} h) for {p['turns']} turns; "
         f"{p['down'] / 1e6:.1f} MB down, {p['up'] / 1e6:.1f} MB up"
     )
+    if p["catch_up"]:
+        where = "of those down" if loaded.clients.catch_up == "charged" else "beside those down, free"
+        console.print(f"catching up after missed turns: {p['catch_up'] / 1e6:.1f} MB {where} (clients.catch_up)")
 
 
 @app.command()

@@ -97,6 +97,7 @@ def _one(run: Run) -> str:
         ("virtual time", duration(s["virtual_seconds"])),
         ("down", size(s["down_bytes"])),
         ("up", size(s["up_bytes"])),
+        *([(f"catching up, {s['catch_up']}", size(s["catch_up_bytes"]))] if s["catch_up_bytes"] else []),
         ("turns · updates", f"{s['versions']} · {s['updates']}"),
         ("jobs lost", str(s["lost"])),
         *([("steps skipped, not finite", str(s["skipped"]))] if s["skipped"] else []),

@@ -27,7 +27,7 @@ class Progress:
 
     Args:
         turns: of the run.
-        quiet: show nothing.
+        quiet: show warnings only.
         console: where to show it; by default standard output.
     """
 
@@ -59,8 +59,10 @@ class Progress:
             self._eval = row["loss"]
             if not self._live and not self.quiet:
                 self._console.print(f"  turn {row['version']}: held-out loss {row['loss']:.4f}")
-        elif row["what"] in ("warning", "data") and not self.quiet:
-            self._console.print(row.get("text") or row["table"])
+        elif row["what"] == "warning":
+            self._console.print(f"warning: {row['text']}", markup=False)
+        elif row["what"] == "data" and not self.quiet:
+            self._console.print(row["table"])
         elif row["what"] == "step":
             self._show(row)
 

@@ -62,6 +62,8 @@ class Run:
             "virtual_seconds": self.seconds,
             "down_bytes": int(total["down"]),
             "up_bytes": int(total["up"]),
+            "catch_up_bytes": self.steps[-1].get("catch_up", 0) if self.steps else 0,
+            "catch_up": self.recipe.get("clients", {}).get("catch_up", "charged"),
             "versions": self.steps[-1]["version"] if self.steps else 0,
             "updates": sum(s["updates"] for s in self.steps),
             "lost": len(self.lost),
