@@ -99,10 +99,10 @@ DEVICES = [
 
 def assemble(
     view: View, trainer: TorchTrainer, rows: list[int], m: Method, sched: Any, turns: int, up: Any, down: Any,
-    loss: float = 0.0, devices: list[Device] | None = None, weighting: str = "rows", **more: Any,
+    loss: float = 0.0, devices: list[Device] | None = None, weighting: str = "rows", preloaded: bool = True, **more: Any,
 ) -> World:  # fmt: skip
     s, n = schedule.build(sched), len(rows)
-    server = Server(m, s, view.start(), [Client(i, r) for i, r in enumerate(rows)], turns, 7)
+    server = Server(m, s, view.start(), [Client(i, r) for i, r in enumerate(rows)], turns, 7, preloaded)
     setting = Setting(m, codec.build(up), s.ahead, turns, 7, weighting, trainer)  # type: ignore[arg-type]
     base = devices or DEVICES[:n]
     lossy = [Device(**{**{k: getattr(d, k) for k in Device.__dataclass_fields__}, "loss": loss}) for d in base]

@@ -14,14 +14,15 @@ import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
-from hocket.errors import HocketError, Interrupted, RecipeError
-from hocket.provenance import git_hash
+from hocket.errors import HocketError, Interrupted, RecipeError, RunError
+from hocket.ledger import plain
 from hocket.recipe import Recipe, parse
 from hocket.study import Study, Variant
 
@@ -59,8 +60,9 @@ def compare(studies: Sequence[Study], out: Path, jobs: int = 1, say: Say = print
     runner = Runner(out / "runs", jobs, say)
     try:
         runner.all([r for s in studies for v in s.variant for r in s.tuning(v).values()], "tuning")
-        tuned = {v.name: _tuned(s, v, runner) for s in reversed(studies) for v in s.variant if v.rates}
-        chosen = {s.study: {v.name: _choose(s, v, tuned, runner) for v in s.variant} for s in studies}
+        tuned = {s.study: {v.name: _tuned(s, v, runner) for v in s.variant if v.rates} for s in studies}
+        elsewhere = {name: c for s in reversed(studies) for name, c in tuned[s.study].items()}
+        chosen = {s.study: {v.name: _choose(v, elsewhere | tuned[s.study]) for v in s.variant} for s in studies}
         final = [r for s in studies for c in chosen[s.study].values() for r in s.runs(c.variant, c.rate).values()]
         runner.all(final, "runs")
     finally:
@@ -71,14 +73,16 @@ def compare(studies: Sequence[Study], out: Path, jobs: int = 1, say: Say = print
 def _tuned(study: Study, variant: Variant, runner: Runner) -> Chosen:
     """A variant that has rates, with the best of them."""
     tuned = {rate: runner.result(recipe)["loss"] for rate, recipe in study.tuning(variant).items()}
-    return Chosen(variant, min(tuned, key=lambda r: (tuned[r], r)) if tuned else variant.rates[0], tuned)
+    best = min(tuned, key=lambda r: (tuned[r], r)) if tuned else variant.rates[0]
+    if tuned and best in (min(tuned), max(tuned)):
+        runner.say(f"{study.study}, {variant.name}: {best:g} is best and at the edge of its rates; try further ones")
+    return Chosen(variant, best, tuned)
 
 
-def _choose(study: Study, variant: Variant, tuned: Mapping[str, Chosen], runner: Runner) -> Chosen:
-    """A variant's own choice, or that of the variant it is like."""
-    if variant.rates:
-        return _tuned(study, variant, runner)
-    return Chosen(variant, tuned[variant.like or variant.name].rate)
+def _choose(variant: Variant, tuned: Mapping[str, Chosen]) -> Chosen:
+    """A variant's own choice, or that of the variant it is like (in its own study first)."""
+    like = tuned[variant.like or variant.name]
+    return like if variant.rates else Chosen(variant, like.rate)
 
 
 class Runner:
@@ -106,7 +110,17 @@ class Runner:
         try:
             for n, future in enumerate(as_completed(futures), 1):
                 recipe = futures[future]
-                done = self._done[recipe.hash] = future.result()
+                try:
+                    done = self._done[recipe.hash] = future.result()
+                except BrokenProcessPool as error:
+                    raise RunError(
+                        "a run's process died (killed, or out of memory): use fewer --jobs; the same command goes on"
+                    ) from error
+                except Interrupted:
+                    raise
+                except HocketError as error:
+                    where = f"{recipe.name}, rate {recipe.training.lr:g}, seed {recipe.seed} ({self.path(recipe)})"
+                    raise RunError(f"{where}: {error}") from error
                 wall = f"{done['wall_seconds']:.0f} s" if done["ran"] else "was there"
                 self.say(
                     f"[{n}/{len(futures)} {what}] {recipe.name}, rate {recipe.training.lr:g}, seed {recipe.seed}: "
@@ -151,8 +165,8 @@ def _perform(toml: str, folder: str) -> dict[str, Any]:
     last = found.evals[-1]
     s = found.summary()
     return {
-        "ran": ran, "loss": _number(last["loss"]), "start_loss": s["start_loss"], "heldout_rows": last["n"],
-        "interval": [last.get("loss_low"), last.get("loss_high")], "virtual_seconds": s["virtual_seconds"],
+        "ran": ran, "git": found.manifest["git"], "loss": _number(last["loss"]), "start_loss": s["start_loss"],
+        "heldout_rows": last["n"], "virtual_seconds": s["virtual_seconds"],
         "up_bytes": s["up_bytes"], "down_bytes": s["down_bytes"], "catch_up_bytes": found.steps[-1].get("catch_up", 0),
         "local_steps": int(sum(c.get("steps", 0) for c in found.clients.values())), "turns": s["versions"],
         "curve": found.curve("t"), "wall_seconds": found.manifest["wall_seconds"],
@@ -179,17 +193,19 @@ def summary(study: Study, chosen: Mapping[str, Chosen], runner: Runner) -> dict[
             "tuning": {f"{rate:g}": loss for rate, loss in chosen[name].tuned.items()},
             "losses": losses,
             "loss": statistics.fmean(losses),
-            "sd": statistics.stdev(losses) if len(losses) > 1 else None,
+            "sd": statistics.stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else None,
             "difference": paired(losses, [runs[versus][s]["loss"] for s in study.seeds]) if name != versus else None,
+            **{k: mean(k) for k in ("accuracy", "gsm8k") if all(r[k] is not None for r in by_seed.values())},
             **{k: mean(k) for k in ("virtual_seconds", "up_bytes", "down_bytes", "catch_up_bytes", "wall_seconds")},
             "turns": next(iter(by_seed.values()))["turns"],
             "local_steps": mean("local_steps"),
             "curves": [by_seed[s]["curve"] for s in study.seeds],
         }
-    rows_n = next(iter(next(iter(runs.values())).values()))["heldout_rows"]
+    everything = [r for by_seed in runs.values() for r in by_seed.values()]
     return {
-        "study": study.study, "git": git_hash(), "seeds": study.seeds, "versus": versus, "heldout_rows": rows_n,
-        "base_loss": base[0] if base else None, "variants": rows,
+        "study": study.study, "git": " ".join(sorted({str(r["git"]) for r in everything})), "seeds": study.seeds,
+        "versus": versus, "heldout_rows": sorted({r["heldout_rows"] for r in everything}),
+        "base_loss": statistics.fmean(base) if base else None, "variants": rows,
     }  # fmt: skip
 
 
@@ -205,7 +221,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float] | None:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """A study's result as a Markdown table."""
+    """A study's result, fresh or read from its file, as a Markdown table."""
     versus = result["versus"]
     first = result["variants"][versus]["virtual_seconds"]
     lines = [
@@ -220,17 +236,17 @@ def table(result: Mapping[str, Any]) -> str:
         apart = f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f}) | {d['p']:.2g}" if d else "- | -"
         sd = f" ± {v['sd']:.4f}" if v["sd"] is not None else ""
         lines.append(
-            f"| {name} | {v['rate']:g} | {v['loss']:.4f}{sd} | {apart} | {v['virtual_seconds']:.1f} "
+            f"| {name} | {v['rate']:g} | {float(v['loss']):.4f}{sd} | {apart} | {v['virtual_seconds']:.1f} "
             f"| {v['virtual_seconds'] / first:.2f} | {v['up_bytes'] / 1e6:.1f} | {v['down_bytes'] / 1e6:.1f} |"
         )
     return "\n".join(lines)
 
 
 def write(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
-    """One JSON file a study."""
+    """One JSON file a study; losses that are not finite are strings in it."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, result in results.items():
         paths.append(folder / f"{name}.json")
-        paths[-1].write_text(json.dumps(result, indent=1) + "\n")
+        paths[-1].write_text(json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
     return paths

@@ -41,6 +41,8 @@ class Downlink:
     def __init__(self, codec: Codec, server: Server) -> None:
         self.codec = codec
         self._start: Tree = dict(server.state["params"]) if server.method.rebuilds else {}
+        if self._start and not codec.lossless and not server.preloaded:  # clients have it from a packet like any other
+            self._start = dict(codec.decode(codec.encode(self._start)))
         self._mirror: Tree = {} if codec.lossless else dict(server.state["params"])
         self._stamp: dict[str, int] = {}  # the version in which each of the mirror's tensors changed
         self._merged = 0  # the last version whose own tensors (see `Method.ship`) the mirror has

@@ -56,7 +56,7 @@ class Ledger:
         self.updates += what == "up"
         self.losses += what == "lost"
         if self._file is not None:
-            line = json.dumps(_plain(row), separators=(",", ":")).encode() + b"\n"
+            line = json.dumps(plain(row), separators=(",", ":")).encode() + b"\n"
             try:
                 self._file.write(line)
             except OSError as error:
@@ -97,7 +97,10 @@ class Ledger:
         self.updates, self.losses = saved["updates"], saved["losses"]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numbers that are not finite become strings."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

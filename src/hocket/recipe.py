@@ -67,10 +67,11 @@ class Recipe(Section):
         """Refuse what cannot work together before anything is loaded."""
         m, s = self.build_method(), self.build_schedule()
         if s.ahead and not m.additive:
-            raise ValueError(
-                f"schedule: '{s.name}' needs an additive step, method.server_optimizer = '{m.server_optimizer}' has "
-                f"none; use method.server_optimizer = 'sgd' or schedule.name = 'sync'"
-            )
+            raise ValueError(f"schedule: '{s.name}' needs an additive step; {m.not_additive}")
+        if not m.increments and "feedback" in str(self.build_codec("up")):
+            raise ValueError(f"codec.up: '{m.name}' sends new factors each time, to which an old error does not belong")
+        if not m.increments and self.training.optimizer_state == "keep":
+            raise ValueError(f"training.optimizer_state: '{m.name}' starts new factors each time; use 'reset'")
         if (
             self.data.partition in ("dirichlet", "natural")
             and not self.data.column

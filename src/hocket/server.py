@@ -48,8 +48,7 @@ class Server:
         if schedule.ahead and not method.additive:
             raise RecipeError(
                 f"schedule '{schedule.name}' with staleness {schedule.ahead} starts clients from the server's version "
-                f"plus their own updates in flight, which needs an additive step; method '{method.name}' with its "
-                f"server optimizer has none: use server_optimizer = 'sgd' or schedule 'sync'"
+                f"plus their own updates in flight, which needs an additive step; {method.not_additive}"
             )
         self.method, self.schedule, self.seed = method, schedule, seed
         self.turns = method.prelude + turns
@@ -109,10 +108,10 @@ class Server:
         return self.method.ship(self.state, self.clients[client], self.version, since, self.changed)
 
     def latest(self, job: Job) -> Tree | None:
-        """What the job's client would have been sent had it held the version before; None if it did, or had less to
-        fetch than that. The rest of its payload is catching up. Ask right after `poll`."""
+        """What the job's client would have been sent had it held the version before; the rest of its payload is
+        catching up. None if it did hold that version, or nothing yet. Ask right after `poll`."""
         since = job.version - 1
-        behind = job.since is not None and job.since < since and not self.method.rebuilds
+        behind = job.since is not None and 0 <= job.since < since and not self.method.rebuilds
         return self._ship(job.client, since) if behind else None
 
     # --- hearing ------------------------------------------------------------------------------------------------

@@ -127,7 +127,8 @@ class Simulation:
                 self.spool.drop(f"up/{job}")
             self.ledger.add("step", t=self.clock.now, **record, **self.ledger.bytes)
             v = self.server.version
-            if self.evaluate is not None and (v % self.evaluate_every == 0 or self.server.finished):
+            turn = v - self.server.method.prelude
+            if self.evaluate is not None and (self.server.finished or (turn > 0 and turn % self.evaluate_every == 0)):
                 self.due = v
         for job in self.server.poll():
             self._send(job)
@@ -243,8 +244,9 @@ class Simulation:
         for later in (self.flights[k] for k in queue[at:]):
             start = max(end, later.down[1] + self.devices[client].latency)
             end = start + later.compute[1] - later.compute[0]
-            later.compute = start, end
-            self.clock.schedule(end, "computed", later.job.id)
+            if (start, end) != later.compute:  # else its event is there already
+                later.compute = start, end
+                self.clock.schedule(end, "computed", later.job.id)
         self.clock.vacate(client, "compute", end)
 
     def _on_join(self, client: int) -> None:

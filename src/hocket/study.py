@@ -25,7 +25,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from hocket.errors import RecipeError
-from hocket.recipe import Recipe, parse
+from hocket.recipe import Recipe, load, parse
 from hocket.registry import explain
 from hocket.sections import Section
 
@@ -88,7 +88,7 @@ def gather(paths: Sequence[Path], seeds: Sequence[int] | None = None) -> list[St
     """
     files = {path: _read(path) for path in paths}
     studies = [_study(path, data) for path, data in files.items() if "study" in data]
-    if plain := {path: parse(data) for path, data in files.items() if "study" not in data}:
+    if plain := {path: load(path) for path, data in files.items() if "study" not in data}:
         names = [r.name for r in plain.values()]
         variants = [
             {"name": r.name if names.count(r.name) == 1 else path.stem, "set": files[path], "rates": [r.training.lr]}
@@ -97,6 +97,11 @@ def gather(paths: Sequence[Path], seeds: Sequence[int] | None = None) -> list[St
         chosen = list(seeds or [next(iter(plain.values())).seed])
         data = {"study": "recipes", "seeds": chosen, "recipe": {}, "variant": variants}
         studies.append(_study(next(iter(plain)), data))
+    elif seeds:
+        raise RecipeError("--seeds: these are studies, which name their own; change `seeds` in the files")
+    names = [s.study for s in studies]
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise RecipeError(f"study: two files are called '{twice.pop()}'; results are named by it")
     return studies
 
 
@@ -117,12 +122,27 @@ def _study(path: Path, data: dict[str, Any]) -> Study:
     names = [v.name for v in study.variant]
     if len(set(names)) < len(names):
         raise RecipeError(f"'{path}': two variants have one name; names are {', '.join(names)}")
+    if len(set(study.seeds)) < len(study.seeds):
+        raise RecipeError(f"'{path}': seeds: {study.seeds} names one twice, which would count one run as two")
+    if both := next((v.name for v in study.variant if v.rates and v.like), None):
+        raise RecipeError(f"'{path}': variant '{both}' has rates of its own and is `like` another; leave one out")
     if study.versus is not None and study.versus not in names:
         raise RecipeError(f"'{path}': versus: there is no variant '{study.versus}'; there are {', '.join(names)}")
     for variant in study.variant:  # every recipe is built once before anything runs
-        study.tuning(variant)
-        study.runs(variant, next(iter(variant.rates), None))
+        tuning, runs = study.tuning(variant), study.runs(variant, next(iter(variant.rates), None))
+        if any(_same_rows(a, b) for a in tuning.values() for b in runs.values()):
+            raise RecipeError(
+                f"'{path}': tune: variant '{variant.name}' would be tuned on the rows that its results are of; give "
+                f"tune.set a data.heldout_source of its own, or 'none' (a share of data.source) if the runs have one"
+            )
     return study
+
+
+def _same_rows(a: Recipe, b: Recipe) -> bool:
+    """Whether two recipes are evaluated on the same held-out rows, or may be."""
+    if a.data.heldout_source or b.data.heldout_source:
+        return a.data.heldout_source == b.data.heldout_source
+    return a.data.source == b.data.source and (a.seed == b.seed or a.data.source == "docstrings")
 
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,6 +150,8 @@ def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     out = dict(below)
     for key, value in above.items():
         under = out.get(key)
+        if isinstance(under, str) and isinstance(value, Mapping) and key in ("method", "schedule"):
+            under = {"name": under}  # the short form
         if value == "none":
             out.pop(key, None)
         elif (

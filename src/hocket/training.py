@@ -163,8 +163,11 @@ class TorchTrainer:
             for k in squares:
                 p = self.view.params[k].requires_grad_(True)
                 hooks.append(p.register_post_accumulate_grad_hook(measure(k)))
-            model.eval()
-            batches = 0
+            model.train()  # checkpointing works in training only
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.eval()
+            batches, examples = 0, 0
             for micro in self._batches(local):
                 for batch in micro:
                     if self.interrupted():
@@ -173,12 +176,13 @@ class TorchTrainer:
                         total, _ = self._loss(model, batch)
                     (total / max(_count(batch), 1)).backward()
                     batches += 1
+                    examples += len(batch["input_ids"]) if "input_ids" in batch else 1
         finally:
             for hook in hooks:
                 hook.remove()
             for k in squares:
                 self.view.params[k].requires_grad_(False)
-        local.metrics["examples"] = float(self.config.batch_size * batches)
+        local.metrics["examples"] = float(examples)
         return {k: (v / max(batches, 1)) ** 0.5 for k, v in squares.items()}
 
     def _steps(self, local: Local, names: list[str], live: list[nn.Parameter], start: Tree, prox: float) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from worlds import language, quadratic
 
+from hocket.errors import RecipeError
 from hocket.methods import Update, method
+from hocket.methods.blocks import LAYER
 from hocket.methods.fedbcd import ORDER
 from hocket.models.tiny import tiny
 from hocket.models.views import make
@@ -43,7 +45,8 @@ def test_blocks_of_every_size_and_half(arch: str, layers: int, partial: bool) ->
     start = make(model, m, task, 0).start()
     cut = m.cut(start)  # type: ignore[attr-defined]
     assert sorted(k for b in cut for k in b) == sorted(start)  # every tensor in one block
-    inner = [b for b in cut if len(b) > 1]
+    inner = [b for b in cut if LAYER.search(b[0])]
+    assert "embed" in cut[0][0] or "wte" in cut[0][0] or "wpe" in cut[0][0]  # embeddings come first
     assert len(inner) == 4 // layers * (2 if partial else 1)
     if partial:
         words = {"llama": "self_attn", "gpt2": ".attn.", "bert": "attention"}[arch]
@@ -137,3 +140,25 @@ def test_a_block_starts_with_an_empty_optimizer_and_kept_state_is_the_clients_ow
     assert not any(k.startswith("optimizer/") for k in reset.simulation.memory)
     assert digest(twice.final) != digest(reset.final)
     assert once.simulation.server.version == 1
+
+
+def test_a_model_that_cannot_be_cut_is_an_error_before_anybody_is_asked() -> None:
+    for name in ("fedbcd", "fedcybgd"):
+        with pytest.raises(RecipeError, match=r"method\.blocks: 9 blocks for 4 layers"):
+            quadratic(meth={"name": name, "blocks": 9}, layers=4)
+        with pytest.raises(RecipeError, match="no layers"):
+            method.build({"name": name}).init({"w": torch.zeros(2)}, 0)
+
+
+def test_a_new_head_must_be_in_a_block() -> None:
+    model, _ = tiny("bert", "classification", vocab=64, layers=2, width=16)
+    with pytest.raises(RecipeError, match=r"method\.extras"):
+        make(model, method.build(bcd()), "classification", 0)
+
+
+def test_evaluations_count_training_turns() -> None:
+    seen: list[int] = []
+    w = quadratic(meth=bcd(order="gradient"), turns=4, evaluate=lambda p: {"loss": 0.0}, evaluate_every=2)
+    w.simulation.ledger.listener = lambda r: seen.append(r["version"]) if r["what"] == "eval" else None
+    w.run()
+    assert seen == [0, 3, 5]

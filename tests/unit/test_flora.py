@@ -8,6 +8,7 @@ import pytest
 import torch
 from worlds import assemble, collate, language, tokens
 
+from hocket.errors import RecipeError
 from hocket.methods import Client, Update, method
 from hocket.methods.flora import BASE, A, B
 from hocket.models.tiny import tiny
@@ -202,3 +203,23 @@ def test_a_new_head_is_averaged_beside_the_stack() -> None:
     head = [k for k in w.final if "classifier" in k]
     assert head
     assert all(not torch.equal(w.final[k], w.iterates[0][k]) for k in head)
+
+
+def test_what_would_carry_over_to_other_factors_is_refused() -> None:
+    from hocket.recipe import parse
+
+    data = {"model": {"source": "tiny:llama"}, "data": {"source": "docstrings"}, "method": "flora"}
+    with pytest.raises(RecipeError, match=r"codec\.up.*new factors"):
+        parse(data | {"codec": {"up": {"name": "feedback", "codec": "int8"}}})
+    with pytest.raises(RecipeError, match=r"optimizer_state.*new factors"):
+        parse(data | {"training": {"optimizer_state": "keep"}})
+    model, _ = tiny("gpt2", vocab=64, layers=2, width=16)
+    with pytest.raises(RecipeError, match=r"method\.targets.*tied"):
+        make(model, method.build({"name": "flora", "targets": ["lm_head"]}), "causal", 0)
+
+
+def test_adapters_on_embeddings_are_refused() -> None:
+    for name in ("fedit", "ffa-lora", "flora"):
+        model, _ = tiny("llama", vocab=64, layers=2, width=16)
+        with pytest.raises(RecipeError, match="embeddings"):
+            make(model, method.build({"name": name, "targets": ["embed_tokens"]}), "causal", 0)

@@ -8,6 +8,8 @@ import pytest
 from worlds import quadratic
 
 from hocket.clock import Device
+from hocket.errors import RecipeError
+from hocket.schedules import schedule
 
 BLOCK = 8 * 50  # bytes of one block of 50 float64
 
@@ -92,3 +94,37 @@ def test_a_turn_is_not_opened_for_fewer_than_the_minimum() -> None:
     w.run()
     assert all((c, t) in w.starts for c in (0, 1) for t in range(3))
     assert w.simulation.clock.now > 50
+
+
+@pytest.mark.parametrize("deadline", [10.0, 14.0])
+@pytest.mark.parametrize("staleness", [1, 2, 3])
+def test_dropping_a_job_moves_only_those_that_waited_for_it(staleness: int, deadline: float) -> None:
+    """A job behind a dropped one that waits for its own download keeps its time, and is computed once."""
+    fast = Device(step_seconds=6, down_mb_s=1, up_mb_s=1)
+    devices = [Device(step_seconds=6, down_mb_s=1e-4, up_mb_s=1), fast, fast]
+    sched = {"name": "overlap", "staleness": staleness, "deadline": deadline}
+    for size in (100, 200, 400):
+        w = quadratic(
+            clients=3, layers=4, size=size, turns=12, steps=1, meth={"name": "fedbcd", "layers_per_block": 1}, sched=sched, devices=devices
+        )  # fmt: skip
+        rows: list[dict[str, Any]] = []
+        w.simulation.ledger.listener = rows.append
+        w.run()
+        assert w.simulation.server.version == 12
+        computed = [r["job"] for r in rows if r["what"] == "compute"]
+        assert len(computed) == len(set(computed))
+
+
+@pytest.mark.parametrize(("name", "cohort"), [("sync", 1.5), ("sync", 5.0), ("overlap", 2.0), ("cyclic", 1.5)])
+def test_a_share_above_one_is_no_share(name: str, cohort: float) -> None:
+    with pytest.raises(RecipeError, match="cohort"):
+        schedule.build({"name": name, "cohort": cohort})
+
+
+def test_a_client_that_never_held_anything_pays_for_the_model() -> None:
+    w, rows = run(sched={"name": "sync", "cohort": 0.2}, preloaded=False)
+    first = {}
+    for r in (r for r in rows if r["what"] == "down"):
+        first.setdefault(r["client"], r)
+    assert all(r["bytes"] >= 4 * BLOCK and "catch_up" not in r for r in first.values())
+    assert len(first) > 5

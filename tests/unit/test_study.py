@@ -16,13 +16,14 @@ study = "small"
 seeds = [3, 4]
 versus = "b"
 [tune]
-set = { seed = 9, data = { heldout_limit = 7, limit = "none" } }
+set = { seed = 9, data = { heldout_source = "none", heldout_limit = 7, limit = "none" } }
 [recipe]
 turns = 2
 [recipe.model]
 source = "tiny:llama"
 [recipe.data]
-source = "docstrings"
+source = "rows.jsonl"
+heldout_source = "test.jsonl"
 limit = 50
 [recipe.method]
 name = "fedbcd"
@@ -89,6 +90,9 @@ def test_plain_recipes_make_one_study(tmp_path: Path) -> None:
         ("rank = 2", "rnk = 2", "variant 'c'.*rnk.*rank"),
         ("[recipe]", "[recipe", "not TOML"),
         ('study = "small"', 'study = "a/b"', "study"),
+        ('heldout_source = "none", ', "", "variant 'a' would be tuned on the rows"),
+        ("seeds = [3, 4]", "seeds = [3, 3]", "names one twice"),
+        ('like = "a"', 'like = "a"\nrates = [1e-3]', "leave one out"),
         ('name = "overlap"', 'name = "overlpa"', "variant 'b'.*overlap"),
     ],
 )
@@ -100,11 +104,68 @@ def test_wrong_studies_name_what_is_wrong(tmp_path: Path, old: str, new: str, me
         gather([tmp_path / "nowhere.toml"])
 
 
+def test_two_studies_of_one_name_are_refused_and_seeds_are_for_recipes(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{n}.toml", STUDY) for n in "st"]
+    with pytest.raises(RecipeError, match="two files are called 'small'"):
+        gather(paths)
+    with pytest.raises(RecipeError, match="--seeds"):
+        gather(paths[:1], [1])
+
+
+def test_a_plain_recipe_that_is_wrong_names_its_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"r\.toml.*trainin: unknown"):
+        gather([write(tmp_path / "r.toml", '[model]\nsource = "tiny:llama"\n[trainin]\nlr = 1.0\n')])
+
+
+def test_like_looks_in_its_own_study_first_and_rates_at_the_edge_are_told(tmp_path: Path) -> None:
+    from hocket.compare import _choose, _tuned
+
+    said: list[str] = []
+
+    class Known:
+        """A runner whose runs are done: the loss is the rate."""
+
+        say = staticmethod(said.append)
+        result = staticmethod(lambda recipe: {"loss": recipe.training.lr})
+
+    (study,) = gather([write(tmp_path / "s.toml", STUDY)])
+    a, b, _ = study.variant
+    mine, other = _tuned(study, a, Known()), _tuned(study, a.model_copy(update={"rates": [7.0]}), Known())  # type: ignore[arg-type]
+    assert mine.rate == 1e-4
+    assert "edge" in said[0]
+    assert _choose(b, {"a": other} | {"a": mine}).rate == 1e-4
+    assert _choose(b, {"a": other}).rate == 7.0
+
+
+def test_a_diverged_seed_is_summed_up_and_written(tmp_path: Path) -> None:
+    import json
+
+    from hocket.compare import Chosen, summary
+    from hocket.compare import write as write_results
+
+    (study,) = gather([write(tmp_path / "s.toml", STUDY.replace('versus = "b"', 'versus = "a"'))])
+    blank = {"git": "x", "start_loss": None, "accuracy": None, "gsm8k": None, "heldout_rows": 5, "turns": 2, "curve": []}
+    blank |= dict.fromkeys(("virtual_seconds", "up_bytes", "down_bytes", "catch_up_bytes", "wall_seconds", "local_steps"), 1.0)
+
+    class Known:
+        result = staticmethod(lambda recipe: blank | {"loss": float("inf") if recipe.seed == 4 else 1.0})
+
+    chosen = {v.name: Chosen(v, 1e-3) for v in study.variant}
+    found = summary(study, chosen, Known())  # type: ignore[arg-type]
+    assert found["variants"]["b"]["sd"] is None
+    assert found["variants"]["b"]["difference"] is None
+    (path,) = write_results({"small": found}, tmp_path)
+    read = json.loads(path.read_text(), parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))
+    assert read["variants"]["b"]["losses"] == [1.0, "inf"]
+    assert table(read) == table(found)
+
+
 def test_overlay() -> None:
     below = {"a": {"name": "x", "p": 1, "q": {"r": 1}}, "b": 2, "c": {"d": 1}}
     assert overlay(below, {"a": {"q": {"s": 2}}, "b": "none"}) == {"a": {"name": "x", "p": 1, "q": {"r": 1, "s": 2}}, "c": {"d": 1}}
     assert overlay(below, {"a": {"name": "y"}})["a"] == {"name": "y"}
     assert below["b"] == 2
+    assert overlay({"method": "fedit"}, {"method": {"rank": 2}}) == {"method": {"name": "fedit", "rank": 2}}
 
 
 def test_paired_differences_are_students() -> None:

@@ -147,6 +147,10 @@ class Method:
     view: ClassVar[Literal["full", "blocks", "lora"]] = "full"
     """Which parameters can move at all; the rest is frozen and shared."""
 
+    increments: ClassVar[bool] = True
+    """Whether a client's uploads are changes of the same thing from job to job, so that what was lost of one can be
+    made good in the next, and optimizer state can be kept."""
+
     rebuilds: ClassVar[bool] = False
     """Whether clients begin every job at the start model plus what is sent, whatever they held before."""
 
@@ -154,6 +158,11 @@ class Method:
     def additive(self) -> bool:
         """Whether the server's step adds the mean delta, so that a client can add its own update ahead of it."""
         return self.server_optimizer == "sgd"
+
+    @property
+    def not_additive(self) -> str:
+        """Why it is not, and what to do, for error messages."""
+        return f"'{self.name}' with server_optimizer = '{self.server_optimizer}' has none; use 'sgd' or schedule 'sync'"
 
     @property
     def prelude(self) -> int:

@@ -1,8 +1,8 @@
 """What block methods share: how a model is cut into blocks.
 
 Blocks are runs of consecutive layers, lowest first. A partial layer is its attention or its MLP half (each with the
-norm that feeds it). Embeddings, final norm and head are in no block unless `extras` is set, as in BAdam
-(Luo et al. 2024, https://arxiv.org/abs/2404.02827).
+norm that feeds it). Embeddings, final norm and head are in no block, as in BAdam (Luo et al. 2024,
+https://arxiv.org/abs/2404.02827), unless `extras` is set: then each of these modules is one, embeddings first.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from hocket.methods.base import PLAIN, Method
+from hocket.errors import RecipeError
+from hocket.methods.base import PLAIN, Method, State
+from hocket.tree import Tree
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 # post_attention_layernorm is not in it: that norm feeds the MLP
-ATTENTION = re.compile(r"(?:attn|attention)\.|input_layernorm|\.ln_1\.")
+ATTENTION = re.compile(r"(?:attn|attention)\.|input_layernorm|self_attn_layer_norm|\.(?:ln|norm)_1\.")
+EMBEDDING = re.compile(r"embed|wte|wpe")
 
 
 @dataclass(frozen=True, config=PLAIN)
@@ -35,8 +38,12 @@ class BlockMethod(Method):
 
     view: ClassVar[Literal["full", "blocks", "lora"]] = "blocks"
 
+    def init(self, params: Tree, seed: int) -> State:
+        self.cut(params)  # a model that cannot be cut is an error now, not in somebody's job
+        return super().init(params, seed)
+
     def cut(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
-        """The tensors of each block, lowest layers first. Raises `ValueError` if there are no or too few layers."""
+        """The tensors of each block, lowest layers first. Raises `RecipeError` if there are no or too few layers."""
         return _cut(tuple(sorted(names)), self.layers_per_block, self.blocks, self.partial, self.extras)
 
 
@@ -47,16 +54,21 @@ def _cut(
     """Group tensor names into blocks; pure, so the cache only saves time."""
     layers = sorted({int(match[1]) for name in names if (match := LAYER.search(name))})
     if not layers:
-        raise ValueError(f"no layers found among {len(names)} tensors (first: {names[:1]}); use method 'fedavg'")
+        raise RecipeError(f"method: no layers among {len(names)} tensors (first: {names[:1]}); use 'fedavg'")
     if blocks is not None and blocks > len(layers):
-        raise ValueError(f"method.blocks: {blocks} blocks for {len(layers)} layers; use at most {len(layers)}")
+        raise RecipeError(f"method.blocks: {blocks} blocks for {len(layers)} layers; use at most {len(layers)}")
     block = {n: i // per_block if blocks is None else i * blocks // len(layers) for i, n in enumerate(layers)}
     found: dict[tuple[int, int], list[str]] = {}
-    other: list[str] = []
+    other: dict[str, list[str]] = {}  # by module
     for name in names:
         if match := LAYER.search(name):
             half = 0 if not partial or ATTENTION.search(name) else 1
             found.setdefault((block[int(match[1])], half), []).append(name)
         else:
-            other.append(name)
-    return (*(tuple(found[key]) for key in sorted(found)), *((name,) for name in (other if extras else [])))
+            other.setdefault(name.rpartition(".")[0], []).append(name)
+    layered = [tuple(found[key]) for key in sorted(found)]
+    if not extras:
+        return tuple(layered)
+    below = [tuple(ks) for module, ks in other.items() if EMBEDDING.search(module)]
+    above = [tuple(ks) for module, ks in other.items() if not EMBEDDING.search(module)]
+    return (*below, *layered, *above)

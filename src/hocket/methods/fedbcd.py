@@ -15,7 +15,8 @@ Choices where the paper is silent: blocks are fixed runs of consecutive layers (
 Gradient-guided order (a reconstruction of the paper's "full-model backward before fine-tuning"): before the first turn
 every client sends n_b = |grad_b f_i| of each block at the start model; blocks are trained in falling order of the mean
 over clients, pass after pass. That costs one job's time, and 4 B bytes up and 8 B bytes down for B blocks; gradients
-are freed tensor by tensor, so it needs no more memory than training. n_b is the root mean square over a job's batches.
+are freed tensor by tensor, so it needs one gradient at a time beside the activations of a pass through all layers.
+n_b is the root mean square over a job's batches, so with small ones it holds their noise too.
 """
 
 from __future__ import annotations

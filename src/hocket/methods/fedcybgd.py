@@ -11,11 +11,13 @@ Descent", 2024, https://arxiv.org/abs/2406.11187 (after its published code, L303
 
 Blocks that are not drawn stay at their *pretrained* values on that client, its own block included; what is stored
 replaces the server's block. The update is a delta all the same: the draw is keyed by (seed, version, client), so the
-server knows where its client started.
+server knows where its client started (up to what a lossy downlink codec loses).
 Bytes a turn and client: up d_b s_c; down at most p |U| d_b s_c, since nothing is kept from turn to turn.
 Client memory: weights + 16 d_b (fp32 master, gradient, two moments). With training.optimizer_state = "keep" those
 moments are this client's own; the published code hands them on from client to client and does not count the bytes.
 Left out, since they are defects there: two optimizer steps for one, a fixed 51 steps, a sample of negative size.
+Block numbers count turns, not clients: with one client a turn and N a multiple of B client i has block i mod B in every
+cycle, as there; otherwise blocks wander over the clients, and all of them are trained even if N < B.
 Not found in that code and not here: layer dropping and pruning of the download.
 Exact: one client and one block is local training; p = 1 with exact block solves is Gauss-Seidel.
 """
@@ -58,6 +60,10 @@ class FedCyBGD(BlockMethod):
     def additive(self) -> bool:
         """What is stored replaces a block, so a client's own update cannot be added ahead of it."""
         return False
+
+    @property
+    def not_additive(self) -> str:
+        return "'fedcybgd' replaces blocks and has none; use schedule 'cyclic' or 'sync'"
 
     def init(self, params: Tree, seed: int) -> State:
         # "updated": block -> first version that holds it updated, so that a draw can be made again later

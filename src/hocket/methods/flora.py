@@ -11,7 +11,8 @@ Bytes a round and client: up s_c sum_m r_i (in_m + out_m); down the stack, s_c s
 for a client that missed rounds every missed stack, or the dense W where that is less. The server keeps only stacks
 that could still be sent, so at most one dense W of them.
 Client memory: weights (those adapted must be writable, so a 4- or 8-bit base will not do) + 16 bytes a number of A, B.
-Exact: the stack is the mean of the products, for any ranks and scales. New heads and other trainables are averaged.
+Exact: the stack is the mean of the products, for any ranks and scales; under a lossy downlink codec clients merge what
+they decode, and what is lost adds up from round to round. New heads and other trainables are averaged.
 The published code, in its homogeneous comparison, adds FedAvg's later clients to a misspelt name and so keeps the
 first client's factors only, weighted p_0 each: its gap between FLoRA and FedIT should not be taken as a target.
 """
@@ -40,6 +41,7 @@ class FLoRA(LoRA):
     """LoRA by stacking: exact aggregation, merged into the base and started afresh every round."""
 
     merges: ClassVar[bool] = True
+    increments: ClassVar[bool] = False  # every job has factors of its own
 
     @model_validator(mode="after")
     def _plain(self) -> FLoRA:

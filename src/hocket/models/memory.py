@@ -150,19 +150,20 @@ def needs(
     """
     distinct = {job for done in jobs.values() for job in done}
     size = {job: _bytes(view, job[0]) for job in distinct}
-    # jobs of one size differ only in how deep the backward pass goes: trace the deepest, for all
-    deepest: dict[tuple[int, bool], tuple[tuple[str, ...], bool]] = {}
+    # jobs in layers that are of one size differ only in how deep the backward pass goes: trace the deepest, for all
+    key = {j: (size[j], j[1], j[0] if _lowest(j[0]) < 0 else ()) for j in distinct}
+    deepest: dict[Any, tuple[tuple[str, ...], bool]] = {}
     for job in sorted(distinct, key=lambda j: (_lowest(j[0]), j)):
-        deepest.setdefault((size[job], job[1]), job)
-    one = {key: estimate(view, job[0], step, job[1]) for key, job in deepest.items()}
+        deepest.setdefault(key[job], job)
+    one = {k: estimate(view, job[0], step, job[1]) for k, job in deepest.items()}
     idle, out = Memory(_bytes(view)), {}
     for client, done in jobs.items():
         seen: dict[str, int] = {}
         most = idle
         for i, job in enumerate(done):
-            need = one[size[job], job[1]]
+            need = one[key[job]]
             private = sum(seen.values()) * (feedback + keep * step.slots)
-            flying = sum(size[j] for j in done[max(0, i - ahead) : i])
+            flying = sum(size[j] for j in done[max(0, i - ahead) : i] if j[1])
             if not step.gpu:
                 need = Memory(**{**asdict(need), "in_flight": flying, "kept": private})
             most = max(most, need, key=lambda m: m.total)

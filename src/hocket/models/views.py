@@ -87,6 +87,8 @@ def make(model: Any, method: Method, task: str = "causal", seed: int = 0) -> Vie
         return _lora(model, method, task, seed)
     params = dict(model.named_parameters())
     if method.view == "blocks" and not getattr(method, "extras", False):
+        if task == "classification":
+            raise RecipeError("method.extras: a new classification head would stay as it was drawn; set it to true")
         params = {k: p for k, p in params.items() if LAYER.search(k)}
         if not params:
             raise RecipeError(f"method.name: '{method.name}' found no layers in {type(model).__name__}; use 'fedavg'")
@@ -130,6 +132,9 @@ def _lora(model: Any, method: Any, task: str, seed: int) -> View:
             params[logical] = p
             if ".lora_A." in name:  # keyed by name, so that it is the same on every client and in every process
                 p.data = _kaiming(p.data, generator(seed, "lora", logical))
+    bases = {k.replace(".lora_A.", ".base_layer.") for k in params if ".lora_A." in k}
+    if method.merges and (lost := sorted(bases - params.keys())):
+        raise RecipeError(f"method.targets: '{lost[0]}' is tied to other weights; nothing can be merged into it alone")
     return View(wrapped, params, frozenset(transposed))
 
 

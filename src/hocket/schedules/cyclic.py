@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class Cyclic(Sync):
     """Turn t belongs to the next clients in a fixed round; their updates are averaged."""
 
-    cohort: int | float = Field(default=1, ge=1, description="clients a turn (FedCyBGD's aggregated mode: several)")
+    cohort: int = Field(default=1, ge=1, description="clients a turn (FedCyBGD's aggregated mode: several)")
 
     def _choose(self, server: Server, turn: int, online: list[int], goal: int) -> list[int]:
-        first = turn * int(self.cohort) % len(server.clients)
+        first = turn * self.cohort % len(server.clients)
         order = [*range(first, len(server.clients)), *range(first)]
         return [c for c in order if c in server.online][: math.ceil(goal * self.over_selection - 1e-9)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from hocket.schedules.base import PLAIN, Schedule, schedule
@@ -44,6 +44,12 @@ class Sync(Schedule):
     deadline: float | None = Field(
         default=None, gt=0, description="seconds after which a job counts as lost; none: wait"
     )
+
+    @model_validator(mode="after")
+    def _share(self) -> Sync:
+        if isinstance(self.cohort, float) and self.cohort > 1:
+            raise ValueError(f"cohort: {self.cohort} is no share of the clients; write a whole number, or at most 1.0")
+        return self
 
     @property
     def patience(self) -> float | None:
