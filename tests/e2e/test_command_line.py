@@ -158,7 +158,7 @@ def test_plan_agrees_with_the_run(recipe: Path, tmp_path: Path) -> None:
     last = json.loads((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()[-1])
     assert last["what"] == "end"
     assert seconds == pytest.approx(last["t"], rel=2e-3)
-    assert "memory of a client" in planned
+    assert "memory of the client that needs most" in planned
 
 
 @pytest.mark.parametrize("method", ["fedit", "ffa-lora"])
