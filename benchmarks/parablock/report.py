@@ -29,6 +29,16 @@ def rates(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def memory(result: dict[str, Any]) -> str:
+    """What a client holds, planned from shapes and measured, in MB."""
+    parts = ("parameters", "gradients", "optimizer", "activations", "peak")
+    lines = [f"| method | {' | '.join(parts)} |", "|---" * (len(parts) + 1) + "|"]
+    for name, v in result["methods"].items():
+        both = (v["planned_measured_bytes"][part] for part in parts)
+        lines.append(f"| {name} | {' | '.join(f'{a / 1e6:.1f} / {b / 1e6:.1f}' for a, b in both)} |")
+    return "\n".join(lines)
+
+
 def text(x: float, y: float, body: str, anchor: str = "middle", size: int = 11, **more: str) -> str:
     """One line of text."""
     style = "".join(f" {k.replace('_', '-')}='{v}'" for k, v in more.items())
@@ -77,9 +87,12 @@ def main() -> None:
     results = {s: json.loads((RESULTS / f"{s}.json").read_text()) for s in STUDIES}
     page = PAGE.read_text()
     for name, result in results.items():
-        note = f"{result['heldout_rows']} held-out rows, seeds {result['seeds']}, commit {result['git']}."
+        count = " or ".join(map(str, result["heldout_rows"]))
+        note = f"{count} held-out rows, seeds {result['seeds']}, commit {result['git']}."
         page = between(page, name, f"{table(result)}\n\n{note}")
     page = between(page, "rates", rates(results["parablock-math"]))
+    measured = json.loads((ROOT / "benchmarks" / "results" / "memory_plan.json").read_text())
+    page = between(page, "memory", memory(measured))
     PAGE.write_text(page)
     panels = [panel(r, WIDTH * (i % 2), HEIGHT * (i // 2)) for i, r in enumerate(results.values())]
     FIGURE.write_text(

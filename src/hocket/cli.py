@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -50,7 +51,7 @@ def run(
     folder = out or Path("runs") / f"{loaded.name}-{loaded.hash[:8]}"
     _drive(
         folder,
-        loaded.turns,
+        loaded.build_method().prelude + loaded.turns,
         quiet,
         loaded.engine.tensorboard,
         lambda tell, stop: runs.start(loaded, folder, tell, stop),
@@ -71,7 +72,8 @@ def resume(
         raise HocketError(f"'{run}' holds no run: recipe.toml is missing; use `hocket run RECIPE --out {run}`")
     loaded = recipes.load(run / "recipe.toml")
     board = loaded.engine.tensorboard
-    _drive(run, loaded.turns, quiet, board, lambda tell, stop: runs.resume(run, tell, stop, workers))
+    turns = loaded.build_method().prelude + loaded.turns
+    _drive(run, turns, quiet, board, lambda tell, stop: runs.resume(run, tell, stop, workers))
 
 
 def _drive(folder: Path, turns: int, quiet: bool, board: bool, work: Any) -> None:
@@ -188,6 +190,7 @@ def compare(
     except ValueError as error:
         raise HocketError(f"--seeds {seeds}: write whole numbers, as in 0,1,2") from error
     studies = study.gather(files, chosen)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ways of stopping are one
     try:
         found = comparisons.compare(studies, out, jobs, lambda line: console.print(line, markup=False))
     except Interrupted:

@@ -127,6 +127,8 @@ class Runner:
                     f"held-out loss {done['loss']:.4f} ({wall})"
                 )
         except KeyboardInterrupt as error:
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # a run that hears it writes a checkpoint and ends
             raise Interrupted from error
         finally:
             for future in futures:

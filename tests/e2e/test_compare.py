@@ -48,7 +48,9 @@ def test_a_study_tunes_runs_and_sums_up(study: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results" / "small.json").read_text()) == result
 
 
-def test_a_stopped_comparison_goes_on(study: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signal_group", [True, False])
+def test_a_stopped_comparison_goes_on(study: Path, tmp_path: Path, signal_group: bool) -> None:
+    """Ctrl-C reaches the whole group; a service manager tells the parent alone."""
     whole = tmp_path / "whole"
     hocket("compare", study, "--out", whole)
     command = [sys.executable, "-m", "hocket", "compare", str(study), "--out", str(tmp_path / "cut"), "--jobs", "2"]
@@ -56,7 +58,10 @@ def test_a_stopped_comparison_goes_on(study: Path, tmp_path: Path) -> None:
         assert p.stdout is not None
         assert "[1/2 tuning]" in p.stdout.readline()
         time.sleep(0.3)
-        os.killpg(p.pid, signal.SIGINT)
+        if signal_group:
+            os.killpg(p.pid, signal.SIGINT)
+        else:
+            p.terminate()
         _, errors = p.communicate(timeout=120)
     assert p.returncode == 130
     assert "go on with the same command" in errors
