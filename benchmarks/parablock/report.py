@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def line(x1: float, y1: float, x2: float, y2: float, colour: str, opacity: float
 
 
 def panel(result: dict[str, Any], x0: int, y0: int) -> str:
-    """Loss (mean and standard deviation over seeds) against virtual time to the end of the run, a dot a variant."""
+    """Mean loss over seeds against virtual time to the end of the run, a dot a variant; bars are the standard deviation
+    over seeds once what all variants of a seed have in common is taken out."""
     rows = result["variants"]
     losses = [v["loss"] for v in rows.values() if math.isfinite(v["loss"])]
     spread = max(max(losses) - min(losses), 1e-3)
@@ -67,12 +69,18 @@ def panel(result: dict[str, Any], x0: int, y0: int) -> str:
         out.append(text(x0 + LEFT - 6, py(y) + 4, f"{y:.3f}", "end"))
         out.append(text(px(t), y0 + HEIGHT - 28, f"{t:.0f}"))
     out.append(text(px(longest / 2), y0 + HEIGHT - 10, "virtual seconds of the run", size=13))
-    for i, (name, v) in enumerate(rows.items()):
-        x, sd, colour = px(v["virtual_seconds"]), v["sd"] or 0.0, COLOURS[i % len(COLOURS)]
-        out.append(line(x, py(v["loss"] - sd), x, py(v["loss"] + sd), colour))
+    middle = [sum(v["losses"][i] for v in rows.values()) / len(rows) for i in range(len(result["seeds"]))]
+    taken: list[float] = []
+    for i, (name, v) in sorted(enumerate(rows.items()), key=lambda row: row[1][1]["loss"]):
+        sd = statistics.stdev(x - m for x, m in zip(v["losses"], middle, strict=True))
+        x, colour = px(v["virtual_seconds"]), COLOURS[i % len(COLOURS)]
+        out.append(line(x, min(py(v["loss"] - sd), py(low)), x, max(py(v["loss"] + sd), py(high)), colour))
         out.append(f"<circle cx='{x:.1f}' cy='{py(v['loss']):.1f}' r='4.5' fill='{colour}'/>")
-        right = x > x0 + 0.62 * WIDTH
-        out.append(text(x - 9 if right else x + 9, py(v["loss"]) + 4, name, "end" if right else "start", fill=colour))
+        right, y = x > x0 + 0.62 * WIDTH, py(v["loss"]) + 4
+        while any(abs(y - other) < 12 for other in taken):
+            y -= 1
+        taken.append(y)
+        out.append(text(x - 9 if right else x + 9, y, name, "end" if right else "start", fill=colour))
     return "".join(out)
 
 
