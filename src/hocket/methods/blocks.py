@@ -8,7 +8,7 @@ https://arxiv.org/abs/2404.02827), unless `extras` is set: then each of these mo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from hocket.errors import RecipeError
-from hocket.methods.base import PLAIN, Method, State
+from hocket.methods.base import PLAIN, Local, Method, State
 from hocket.tree import Tree
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
@@ -41,6 +41,19 @@ class BlockMethod(Method):
     def init(self, params: Tree, seed: int) -> State:
         self.cut(params)  # a model that cannot be cut is an error now, not in somebody's job
         return super().init(params, seed)
+
+    def trains(self, local: Local) -> Callable[[str], bool]:
+        blocks = self.cut(local.cache)
+        chosen = set(blocks[self.block(local, len(blocks))])
+        return lambda name: name in chosen
+
+    def block(self, local: Local, blocks: int) -> int:
+        """Which of `blocks` blocks this job trains."""
+        return self.block_of(local.turn, blocks, local.seed)
+
+    def block_of(self, turn: int, blocks: int, seed: int) -> int:
+        """Which block turn `turn` trains."""
+        raise TypeError(f"{type(self).__name__} must define block_of()")
 
     def cut(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
         """The tensors of each block, lowest layers first. Raises `RecipeError` if there are no or too few layers."""

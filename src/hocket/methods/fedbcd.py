@@ -21,7 +21,7 @@ n_b is the root mean square over a job's batches, so with small ones it holds th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -67,10 +67,11 @@ class FedBCD(BlockMethod):
     def cut(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
         return super().cut(k for k in names if k != ORDER)
 
-    def block_of(self, turn: int, blocks: int, seed: int, order: Tensor | None = None) -> int:
+    def block(self, local: Local, blocks: int) -> int:
+        return int(local.cache[ORDER][local.turn % blocks]) if self.guided else super().block(local, blocks)
+
+    def block_of(self, turn: int, blocks: int, seed: int) -> int:
         """Which block turn `turn` trains: fixed before the first turn, so that clients need not wait to hear it."""
-        if order is not None:
-            return int(order[turn % blocks])
         if self.order == "sequential":
             return turn % blocks
         if self.order == "reverse":
@@ -78,11 +79,6 @@ class FedBCD(BlockMethod):
         if self.order == "replacement":
             return int(torch.randint(blocks, (1,), generator=generator(seed, "block", turn)))
         return int(torch.randperm(blocks, generator=generator(seed, "pass", turn // blocks))[turn % blocks])
-
-    def trains(self, local: Local) -> Callable[[str], bool]:
-        blocks = self.cut(local.cache)
-        chosen = set(blocks[self.block_of(local.turn, len(blocks), local.seed, local.cache.get(ORDER))])
-        return lambda name: name in chosen
 
     def train(self, local: Local, start: Tree) -> Tree:
         model = {k: v for k, v in start.items() if k != ORDER}

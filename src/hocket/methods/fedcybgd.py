@@ -25,7 +25,7 @@ Exact: one client and one block is local training; p = 1 with exact block solves
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -33,7 +33,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from hocket.combine import mean
-from hocket.methods.base import PLAIN, Client, Local, State, Update, method
+from hocket.methods.base import PLAIN, Client, State, Update, method
 from hocket.methods.blocks import BlockMethod
 from hocket.tree import Tree, generator
 
@@ -74,11 +74,6 @@ class FedCyBGD(BlockMethod):
             return dict(state["start"]) | self._drawn(state, version, client.id)
         return self._drawn(state, version, client.id)
 
-    def trains(self, local: Local) -> Callable[[str], bool]:
-        blocks = self.cut(local.cache)
-        chosen = set(blocks[self.block_of(local.turn, len(blocks), local.seed)])
-        return lambda name: name in chosen
-
     def block_of(self, turn: int, blocks: int, seed: int) -> int:
         """Which block turn `turn` trains."""
         if self.order == "random":
@@ -91,9 +86,8 @@ class FedCyBGD(BlockMethod):
         drawn = [self._drawn(state, u.version, u.client) for u in updates]
         for k, delta in mean([u.payload for u in updates], weights):
             held = [(k in d, w) for u, d, w in zip(updates, drawn, weights, strict=True) if k in u.payload]
-            share = sum(w for has, w in held if has) / sum(
-                w for _, w in held
-            )  # of those that started from the server's
+            # the share, by weight, of those that started from the server's block and not from the pretrained one
+            share = sum(w for has, w in held if has) / sum(w for _, w in held)
             base = params[k] if share == 1 else start[k] if share == 0 else torch.lerp(start[k], params[k], share)
             params[k] = base + delta.to(base.dtype)
         version = state["version"] + 1
