@@ -10,7 +10,8 @@ from common import MODEL, collate, rows, save
 from hocket import models
 from hocket.methods import Local, method
 from hocket.models import views
-from hocket.training import TorchTrainer, Training
+from hocket.sections import Training
+from hocket.training import TorchTrainer
 
 
 def main() -> None:

@@ -28,10 +28,11 @@ from hocket.methods import Client, Local, Method, method
 from hocket.models import memory, shapes, views
 from hocket.models.forward import autocast, loss_sum
 from hocket.schedules import schedule
+from hocket.sections import Training
 from hocket.server import Server
 from hocket.simulate import Simulation
 from hocket.store import Spool
-from hocket.training import TorchTrainer, Training
+from hocket.training import TorchTrainer
 from hocket.tree import Tree
 
 SHAPE = "llama-3.2-3b"

@@ -21,7 +21,7 @@ def simulated(name: str) -> None:
     """50 clients, one turn."""
     from common import simulation
 
-    from hocket.training import Training
+    from hocket.sections import Training
 
     config = Training.model_validate({"batch_size": 2, "local_steps": 1})
     clients = CLIENTS if name != "fedavg" else 12  # full updates go to disk: 12 of them are 6 GB

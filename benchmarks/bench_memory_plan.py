@@ -14,7 +14,8 @@ from common import MODEL, collate, rows, save
 from hocket import models
 from hocket.methods import Local, method
 from hocket.models import memory, views
-from hocket.training import TorchTrainer, Training
+from hocket.sections import Training
+from hocket.training import TorchTrainer
 
 ROWS, LENGTH = 2, 128
 STATIC = ("parameters", "gradients", "optimizer")

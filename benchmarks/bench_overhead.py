@@ -15,7 +15,8 @@ from common import save, simulation
 
 from hocket.methods import Local
 from hocket.models.forward import loss_sum
-from hocket.training import TorchTrainer, Training
+from hocket.sections import Training
+from hocket.training import TorchTrainer
 
 CLIENTS, TURNS, LENGTH, PAIRS = 8, 1, 64, 11
 CONFIG = Training.model_validate({"batch_size": 2, "local_steps": 1, "lr": 1e-4})

@@ -20,10 +20,11 @@ from hocket.methods import Client, method
 from hocket.models import views
 from hocket.provenance import git_hash
 from hocket.schedules import schedule
+from hocket.sections import Training
 from hocket.server import Server
 from hocket.simulate import Simulation
 from hocket.store import Spool
-from hocket.training import TorchTrainer, Training
+from hocket.training import TorchTrainer
 from hocket.tree import generator
 
 RESULTS = Path(__file__).parent / "results"

@@ -19,9 +19,10 @@ from hocket.executors import Inline
 from hocket.methods import Client, Job, Local, Method, method
 from hocket.models.views import View, make
 from hocket.schedules import schedule
+from hocket.sections import Training
 from hocket.server import Server
 from hocket.simulate import Simulation
-from hocket.training import TorchTrainer, Training
+from hocket.training import TorchTrainer
 from hocket.tree import Tree, generator
 
 

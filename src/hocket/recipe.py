@@ -33,9 +33,9 @@ from hocket.sections import (
     EvaluationSection,
     ModelSection,
     Section,
+    Training,
     entry,
 )  # fmt: skip
-from hocket.training import Training
 from hocket.tree import generator
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from hocket.errors import Interrupted
@@ -22,54 +21,10 @@ from hocket.models.forward import autocast, loss_sum
 from hocket.models.memory import HALVES
 from hocket.models.meter import Meter
 from hocket.models.views import View
+from hocket.sections import Training
 from hocket.tree import Tree, generator
 
 Batch = Mapping[str, Tensor]
-
-
-class Training(BaseModel):
-    """How clients train."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimizer")
-    lr: float = Field(1e-4, gt=0, description="local rate at turn 0")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="rate over turns, down to 0")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled decay (adamw) or L2 (sgd)")
-    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of sgd")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="moments of adamw")
-    optimizer_state: Literal["reset", "keep"] = Field(
-        "reset", description="start every job fresh (as BAdam), or keep each tensor's state in the client's memory"
-    )
-    batch_size: int = Field(4, ge=1, description="rows in one forward pass")
-    accumulation: int = Field(1, ge=1, description="forward passes in one optimizer step")
-    local_steps: int = Field(4, ge=1, description="optimizer steps a job")
-    local_epochs: Annotated[
-        float | None, Field(gt=0, description="passes over the client's rows; replaces local_steps")
-    ] = None
-    decay: Literal["all", "matrices"] = Field(
-        "all",
-        description="what decays: all that trains, or not norms and biases (as BAdam's code means to)",
-    )
-    clip: Annotated[float | None, Field(gt=0, description="largest norm of the gradient; none: no clipping")] = 1.0
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast; bf16 and fp16 are for GPUs")
-    measure_memory: bool = Field(False, description="measure one step of every job; the report sets it beside the plan")
-
-    def steps(self, rows: int) -> int:
-        """Local steps of a client with that many rows."""
-        if self.local_epochs is None:
-            return self.local_steps
-        return max(1, math.ceil(self.local_epochs * rows / (self.batch_size * self.accumulation)))
-
-    @property
-    def slots(self) -> int:
-        """Numbers the optimizer keeps for each number that trains."""
-        return 2 if self.optimizer == "adamw" else int(self.momentum > 0)
-
-    def rate(self, turn: int, turns: int) -> float:
-        """Local rate at `turn` of `turns`."""
-        x = turn / max(turns, 1)
-        return self.lr * {"constant": 1.0, "linear": 1 - x, "cosine": 0.5 * (1 + math.cos(math.pi * x))}[self.schedule]
 
 
 class TorchTrainer:

@@ -13,7 +13,8 @@ from hocket.methods import Client, Update, method
 from hocket.methods.flora import BASE, A, B
 from hocket.models.tiny import tiny
 from hocket.models.views import make
-from hocket.training import TorchTrainer, Training
+from hocket.sections import Training
+from hocket.training import TorchTrainer
 from hocket.tree import Tree, generator, nbytes
 
 M = "layers.0.q"

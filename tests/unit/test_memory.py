@@ -18,7 +18,8 @@ from hocket.models.tiny import tiny
 from hocket.models.views import make
 from hocket.needs import shortage
 from hocket.plan import plan
-from hocket.training import TorchTrainer, Training
+from hocket.sections import Training
+from hocket.training import TorchTrainer
 
 ROWS, LENGTH = 2, 24
 # beside every registered method as it is: the kinds of blocks

@@ -15,7 +15,8 @@ from hocket.methods import Local, method
 from hocket.models.forward import loss_sum
 from hocket.models.tiny import tiny
 from hocket.models.views import make
-from hocket.training import TorchTrainer, Training
+from hocket.sections import Training
+from hocket.training import TorchTrainer
 from hocket.tree import digest
 
 
