@@ -103,8 +103,9 @@ def assemble(
     loss: float = 0.0, devices: list[Device] | None = None, weighting: str = "rows", preloaded: bool = True, **more: Any,
 ) -> World:  # fmt: skip
     s, n = schedule.build(sched), len(rows)
+    m = s.adapt(m)
     server = Server(m, s, view.start(), [Client(i, r) for i, r in enumerate(rows)], turns, 7, preloaded)
-    setting = Setting(m, codec.build(up), s.ahead, turns, 7, weighting, trainer)  # type: ignore[arg-type]
+    setting = Setting(m, codec.build(up), s.ahead, turns, 7, weighting, trainer, s.carries)  # type: ignore[arg-type]
     base = devices or DEVICES[:n]
     lossy = [Device(**{**{k: getattr(d, k) for k in Device.__dataclass_fields__}, "loss": loss}) for d in base]
     steps = [trainer.config.steps(r) for r in rows]

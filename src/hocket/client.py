@@ -3,6 +3,10 @@
 Law of own updates: a client that starts turn t while its turns before t are still on their way starts from the server's
 version plus the sum of those updates. They live in its memory as `own/<turn>/<tensor>`, exactly as the server will
 decode them. `Job.own` names those the server still counts on: one that is aggregated, refused or given up is not in it.
+
+Law of sent updates: what the sending side remembers (error feedback, the sum of what was sent) is written as
+`sent/<visit>/<name>` and counts once the server has that visit's update; `Job.follows` names the last that does. So
+what belonged to a lost or refused update is forgotten with it.
 """
 
 from __future__ import annotations
@@ -11,10 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hocket import wire
 from hocket.codecs import Codec
+from hocket.codecs.base import sent_raw
 from hocket.methods import Job, Local, Method
 from hocket.methods.base import Trainer
 from hocket.tree import Tree
+
+SENT, CARRIED = "sent/", "carried/"  # in a client's memory
 
 Weighting = Literal["examples", "rows", "uniform"]
 
@@ -26,6 +34,7 @@ class Setting:
     Attributes:
         method, codec: as in the recipe; `codec` is the uplink's.
         ahead: turns a client may be ahead of the server; 0 keeps no own updates.
+        carries: send what changed since the last update that counted (see `ca2fl`).
         turns, seed: of the run.
         weighting: what an update weighs: the examples it was trained on, the rows the client holds, or 1.
         trainer: local optimization.
@@ -38,16 +47,20 @@ class Setting:
     seed: int
     weighting: Weighting
     trainer: Trainer
+    carries: bool = False
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a job leaves behind: the packet to send, the client's memory from now on, and how training went."""
+    """What a job leaves behind: the packet to send, the client's memory from now on, how training went, what encoding
+    took (floating-point operations), and the tensors that the codec could not make smaller."""
 
     blob: bytes
     memory: Tree
     weight: float
     metrics: dict[str, float]
+    flops: float = 0.0
+    raw: int = 0
 
     @property
     def size(self) -> int:
@@ -85,11 +98,34 @@ def work(
     for turn in (t for t in job.own if t in turn_of.values()):
         prefix = f"own/{turn}/"
         world = setting.method.own(world, {k.removeprefix(prefix): v for k, v in keep.items() if k.startswith(prefix)})
+    keep, past = _past(keep, job.follows)
     local = side(setting, job, world, keep, traits)
     update = setting.method.train(local, world)
-    blob = setting.codec.encode(update, keep)
-    if setting.ahead:
+    known = dict(past)
+    if setting.carries:
+        update = {k: x - past[CARRIED + k] if CARRIED + k in past else x for k, x in update.items()}
+    blob = setting.codec.encode(update, known)
+    if setting.ahead or setting.carries:
         sent: Mapping[str, Any] = update if setting.codec.lossless else setting.codec.decode(blob)
-        keep |= {f"own/{job.turn}/{k}": sent[k] for k in sent}
+        for k in sent:
+            if setting.ahead:
+                keep[f"own/{job.turn}/{k}"] = sent[k]
+            if setting.carries:
+                known[CARRIED + k] = past[CARRIED + k] + sent[k] if CARRIED + k in past else sent[k]
+    keep |= {f"{SENT}{job.visit}/{k}": v for k, v in known.items() if v is not past.get(k)}
     weight = {"examples": local.metrics.get("examples", 1.0), "rows": float(rows), "uniform": 1.0}[setting.weighting]
-    return Result(blob, keep, weight, local.metrics)
+    raw = sent_raw(wire.Packet(blob, check=False).meta)
+    return Result(blob, keep, weight, local.metrics, setting.codec.work(update), raw)
+
+
+def _past(memory: Tree, follows: int) -> tuple[Tree, Tree]:
+    """(memory without what belongs to updates that did not count, what the sending side knew after visit `follows`)."""
+    newest: dict[str, int] = {}
+    for key in memory:
+        if key.startswith(SENT):
+            visit, _, name = key.removeprefix(SENT).partition("/")
+            if int(visit) <= follows:
+                newest[name] = max(int(visit), newest.get(name, -1))
+    past = {name: memory[f"{SENT}{visit}/{name}"] for name, visit in newest.items()}
+    keep = {k: v for k, v in memory.items() if not k.startswith(SENT)}
+    return keep | {f"{SENT}{newest[name]}/{name}": v for name, v in past.items()}, past

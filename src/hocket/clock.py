@@ -22,6 +22,9 @@ class Device:
     step_seconds: float = Field(default=1.0, ge=0, description="seconds for one local step")
     down_mb_s: float = Field(default=10.0, gt=0, description="download bandwidth, megabytes (10^6 bytes) a second")
     up_mb_s: float = Field(default=10.0, gt=0, description="upload bandwidth, megabytes (10^6 bytes) a second")
+    gflops: float = Field(
+        default=20.0, gt=0, description="10^9 operations a second at which it encodes packets (factorizations)"
+    )
     latency: float = Field(
         default=0.0, ge=0, description="seconds before a sent packet arrives, each way, beside its bytes"
     )

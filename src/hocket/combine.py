@@ -1,30 +1,58 @@
-"""The one place where clients' updates are summed."""
+"""The one place where clients' updates are summed, and trees whose tensors are made when they are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 
-def mean(trees: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Iterator[tuple[str, Tensor]]:
-    """Weighted means, one tensor at a time: for each name, over the trees that hold it, sum_i w_i x_i / sum_i w_i.
+class Lazy(Mapping[str, Tensor]):
+    """A tree that makes a tensor each time it is asked for it, so that whole trees never stand in memory."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # a look, without making it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def mean(
+    trees: Sequence[Mapping[str, Tensor]], weights: Sequence[float], shares: Sequence[float] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Weighted means, one tensor at a time: for each name, over the trees that hold it, sum_i w_i x_i / sum_i s_i.
 
     Sums run in the order given (callers sort by job), so a result never depends on who arrived first. Half precision
     is summed in fp32. One tree alone comes through bit for bit. Memory: one sum and one tensor, whatever the number of
     trees, because packets decode a tensor when asked.
 
+    Args:
+        shares: what each tree counts for in the divisor; none: its weight. A stale update that weighs less than its
+            share makes the whole step smaller, as FedBuff's does.
+
     Raises:
-        ValueError: the weights of the trees that hold a tensor sum to zero.
+        ValueError: the shares of the trees that hold a tensor sum to zero.
     """
+    shares = weights if shares is None else shares
     for name in sorted({k for t in trees for k in t}):
-        held = [(t, w) for t, w in zip(trees, weights, strict=True) if name in t]
-        total = sum(w for _, w in held)
+        held = [(t, w, s) for t, w, s in zip(trees, weights, shares, strict=True) if name in t]
+        total = sum(s for _, _, s in held)
         if not total > 0:
             raise ValueError(f"weights of tensor '{name}' sum to {total}")
         out = None
-        for t, w in held:
+        for t, w, _ in held:
             x = t[name]
             x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             out = x * (w / total) if out is None else out.add_(x, alpha=w / total)

@@ -89,7 +89,8 @@ class Experiment:
         """What every job shares."""
         r = self.recipe
         return Setting(
-            self.method, self.up, self.schedule.ahead, r.turns, r.seed, r.clients.weighting, self.trainer
+            self.method, self.up, self.schedule.ahead, r.turns, r.seed, r.clients.weighting, self.trainer,
+            self.schedule.carries,
         )  # fmt: skip
 
     def server(self, params: Tree | None = None) -> Server:

@@ -18,6 +18,8 @@ class Flight:
         view: what the client computes with; dropped once it has.
         bytes, catch_up: of the download, and how many of them (or beside them, if free) are catching up.
         down, compute, up: (start, end) on each lane, in seconds; `compute` can still move while the job waits.
+        encode: seconds at the end of `compute` that encoding the packet took.
+        raw: tensors that the codec sent as they are because nothing smaller stood for them.
         doomed: it will be lost on the client.
         abandoned: the server does not wait for it any more.
     """
@@ -34,6 +36,8 @@ class Flight:
     weight: float = 0.0
     metrics: dict[str, float] | None = None
     abandoned: bool = False
+    encode: float = 0.0
+    raw: int = 0
 
     def uses(self, now: float) -> Iterator[tuple[str, dict[str, Any]]]:
         """What the job used of its lanes until `now`, for the ledger; a lane cut off counts its share of bytes."""
@@ -52,6 +56,10 @@ class Flight:
             row = {**common, "start": start, "end": min(end, now), "bytes": round(size * share)}
             if what == "down":
                 row["catch_up"] = round(self.catch_up * share) or None
+            elif what == "up":
+                row["raw"] = self.raw or None
+            else:
+                row["encode"] = min(self.encode, max(0.0, now - end + self.encode)) or None
             yield what, row | (metrics if what == "compute" else {})
 
 

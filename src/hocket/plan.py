@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from hocket import wire
 from hocket.client import Result, Setting, work
-from hocket.codecs.base import Codec, Feedback
+from hocket.codecs.base import Codec, Feedback, sent_raw
 from hocket.executors import Task
 from hocket.ledger import Ledger
 from hocket.methods import Client, Local, Method, State, Update
@@ -68,7 +68,7 @@ class ShapeCodec:
         self.inner = inner
         self._trees: list[Mapping[str, Tensor]] = []
         self._at: dict[Any, int] = {}  # equal shapes are one tree, however many clients send it
-        self._sizes: dict[Any, int] = {}
+        self._sizes: dict[Any, tuple[int, int]] = {}
 
     def __str__(self) -> str:
         return str(self.inner)
@@ -86,8 +86,16 @@ class ShapeCodec:
         packet = packet if isinstance(packet, wire.Packet) else wire.Packet(packet)
         return self._trees[packet.meta["tree"]]
 
+    def work(self, tree: Mapping[str, Tensor]) -> float:
+        """Operations that encoding `tree` takes."""
+        return self.inner.work(tree)
+
     def size(self, tree: Mapping[str, Tensor]) -> int:
         """Bytes of the packet that the codec would make of `tree`."""
+        return self.measure(tree)[0]
+
+    def measure(self, tree: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Bytes of that packet, and how many of its tensors the codec cannot make smaller."""
         key = _key(tree)
         if key not in self._sizes:
             try:
@@ -96,11 +104,11 @@ class ShapeCodec:
                 self._sizes[key] = self._measure({k: _hollow(t) for k, t in tree.items()})
         return self._sizes[key]
 
-    def _measure(self, tree: Mapping[str, Tensor]) -> int:
+    def _measure(self, tree: Mapping[str, Tensor]) -> tuple[int, int]:
         # error feedback looks at values, but its packets are those of the codec within, under its name
         inner = self.inner.codec if isinstance(self.inner, Feedback) else self.inner
         parts, meta = inner._packed(tree, None)
-        return wire.size(parts, meta | {"codec": str(self.inner)})
+        return wire.size(parts, meta | {"codec": str(self.inner)}), sent_raw(meta)
 
 
 @dataclass(frozen=True)
@@ -126,10 +134,11 @@ class ShapeExecutor:
         self.tasks[task.job.id] = task
 
     def result(self, job: int) -> Result:
-        t, codec = self.tasks.pop(job), self.setting.codec
+        t, codec = self.tasks.pop(job), cast(ShapeCodec, self.setting.codec)
         done = work(self.setting, t.job, t.view, self.memory.get(t.job.client, {}), t.rows, t.traits)
         self.memory[t.job.client] = done.memory
-        return Sized(done.blob, {}, done.weight, {}, codec.size(codec.decode(done.blob)))
+        size, raw = codec.measure(codec.decode(done.blob))
+        return Sized(done.blob, {}, done.weight, {}, done.flops, raw, size)
 
     def forget(self, job: int) -> None:
         self.tasks.pop(job, None)
@@ -189,10 +198,13 @@ def _clock(recipe: Recipe, rows: Sequence[int] | None) -> tuple[dict[str, Any], 
             cell[2] += row["end"] - row["start"]
 
     noted = memory.Noted(ShapeTrainer())
-    setting = Setting(shapes, up, schedule.ahead, recipe.turns, recipe.seed, "uniform", noted)
+    setting = Setting(shapes, up, schedule.ahead, recipe.turns, recipe.seed, "uniform", noted, schedule.carries)
     ledger = Ledger(listener=note)
     charged = recipe.clients.catch_up == "charged"
-    simulation = Simulation(server, recipe.devices(), steps, down, up, ShapeExecutor(setting), ledger, catch_up=charged)
+    simulation = Simulation(
+        server, recipe.devices(), steps, down, up, ShapeExecutor(setting), ledger, catch_up=charged,
+        seconds=recipe.seconds,
+    )  # fmt: skip
     simulation.run()
     seconds = simulation.clock.now
     clients = [

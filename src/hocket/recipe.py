@@ -51,6 +51,10 @@ class Recipe(Section):
     name: str = Field("run", min_length=1, description="what to call it")
     seed: int = Field(0, ge=0, description="keys every random draw")
     turns: int = Field(8, ge=1, description="aggregations (rounds)")
+    seconds: Annotated[
+        float | None,
+        Field(gt=0, description="virtual seconds after which the run ends, whatever its turns; none: any"),
+    ] = None
     preset: Annotated[str | None, Field(description="a published system: " + ", ".join(PRESETS))] = None
     model: ModelSection
     data: DataSection
@@ -66,8 +70,10 @@ class Recipe(Section):
     def _possible(self) -> Recipe:
         """Refuse what cannot work together before anything is loaded."""
         m, s = self.build_method(), self.build_schedule()
-        if s.ahead and not m.additive:
-            raise ValueError(f"schedule: '{s.name}' needs an additive step; {m.not_additive}")
+        if reason := s.refuses(m):
+            raise ValueError(f"schedule: {reason}")
+        if s.carries and "feedback" in str(self.build_codec("up")):
+            raise ValueError("codec.up: what clients send under schedule.caches = 'clients' is feedback already")
         if not m.increments and "feedback" in str(self.build_codec("up")):
             raise ValueError(f"codec.up: '{m.name}' sends new factors each time, to which an old error does not belong")
         if not m.increments and self.training.optimizer_state == "keep":
@@ -97,8 +103,8 @@ class Recipe(Section):
         return self
 
     def build_method(self) -> Method:
-        """The method as a value."""
-        return methods.build(self.method)
+        """The method as a value, as the schedule runs it."""
+        return self.build_schedule().adapt(methods.build(self.method))
 
     def build_schedule(self) -> Schedule:
         """The schedule as a value."""

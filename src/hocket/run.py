@@ -140,7 +140,8 @@ def _simulation(
     simulation = Simulation(
         experiment.server(), recipe.devices(), experiment.steps, experiment.down, experiment.up, executor, ledger,
         spool, experiment.evaluate, recipe.evaluation.every, recipe.evaluation.start,
-        catch_up=recipe.clients.catch_up == "charged",
+        catch_up=recipe.clients.catch_up == "charged", seconds=recipe.seconds,
+        evaluate_seconds=recipe.evaluation.seconds,
     )  # fmt: skip
     if saved is not None:
         simulation.load_state_dict(saved["engine"])

@@ -137,6 +137,9 @@ class EvaluationSection(Section):
     """What is measured on the global model."""
 
     every: int = Field(1, ge=1, description="turns between evaluations; the end always is one")
+    seconds: Annotated[float | None, Field(gt=0, description="virtual seconds between evaluations; replaces every")] = (
+        None
+    )
     start: bool = Field(True, description="evaluate the start model too")
     batch_size: int = Field(8, ge=1, description="rows in one forward pass")
     gsm8k: Annotated[str | None, Field(description="GSM8K test file or hub id; none: not scored")] = None

@@ -12,13 +12,14 @@ Engines own time and transport. Everything the server knows is in `state_dict()`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hocket.combine import Lazy
 from hocket.errors import RecipeError, WireError
 from hocket.methods import Client, Job, Method, State, Update
 from hocket.schedules import Schedule
@@ -38,18 +39,15 @@ class Server:
             no bytes; otherwise a client's first download is the whole view.
 
     Raises:
-        RecipeError: the schedule overlaps turns but the method's step is not additive.
+        RecipeError: the method cannot run under the schedule.
     """
 
     def __init__(
         self, method: Method, schedule: Schedule, params: Tree, clients: Sequence[Client], turns: int, seed: int,
         preloaded: bool = True,
     ) -> None:  # fmt: skip
-        if schedule.ahead and not method.additive:
-            raise RecipeError(
-                f"schedule '{schedule.name}' with staleness {schedule.ahead} starts clients from the server's version "
-                f"plus their own updates in flight, which needs an additive step; {method.not_additive}"
-            )
+        if reason := schedule.refuses(method):
+            raise RecipeError(reason)
         self.method, self.schedule, self.seed = method, schedule, seed
         self.turns = method.prelude + turns
         self.clients = {c.id: c for c in clients}
@@ -60,6 +58,11 @@ class Server:
         self.buffer: list[Update] = []
         self.outstanding: dict[int, Job] = {}  # asked and neither arrived nor lost, without payloads
         self.rounds: dict[int, dict[str, Any]] = {}  # the schedule's notes, a record a turn
+        self.notes: dict[str, Any] = {}  # its other notes: tensors and plain data
+        self.kept: list[Update] = []  # updates that it needs again, oldest first
+        self.versions: dict[int, Tree] = {}  # views of past versions that something still refers to
+        self.heard: dict[int, int] = {}  # the visit of each client's last accepted update
+        self.silence = 0  # jobs lost or refused since the last accepted update
         self.online: set[int] = set(self.clients)
         self.visits: dict[int, int] = {}
         self.held: dict[int, int] = {}  # version each client holds once all its downloads are in
@@ -83,7 +86,7 @@ class Server:
 
     def poll(self) -> list[Job]:
         """The jobs to send now. Call it after every change; it is cheap when there is nothing to ask."""
-        return [] if self.finished else [self._ask(c, turn) for c, turn in self.schedule.wants(self)]
+        return [] if self.finished else [self._ask(c, turn) for c, turn in self.schedule.at(self).wants(self)]
 
     def _ask(self, client: int, turn: int) -> Job:
         since = self.held.get(client, 0 if self.preloaded else -1)
@@ -94,7 +97,12 @@ class Server:
             turns = {j.turn for j in self.outstanding.values() if j.client == client}
             turns |= {u.turn for u in self.buffer if u.client == client}
             own = tuple(sorted(t for t in turns if self.version <= t < turn))
-        job = Job(self.next_id, client, self.version, turn, visit, {}, since, self.schedule.patience, own)
+        pending = [j.visit for j in self.outstanding.values() if j.client == client]
+        follows = max([self.heard.get(client, -1), *pending])
+        patience = self.schedule.at(self).patience
+        job = Job(self.next_id, client, self.version, turn, visit, {}, since, patience, own, follows)
+        if self.schedule.anchored:
+            self.versions[self.version] = self.state["params"]
         self.next_id += 1
         self.visits[client] = visit + 1
         self.held[client] = self.version
@@ -122,6 +130,8 @@ class Server:
     def lost(self, job: Job) -> None:
         """The job's update is not waited for any more."""
         if self._settle(job.id) is not None:
+            self.silence += 1
+            self._prune()
             # what is not certain is sent again: a diff against an older version is never wrong, only larger
             self.held[job.client] = self.confirmed.get(job.client, 0 if self.preloaded else -1)
 
@@ -133,24 +143,31 @@ class Server:
         if (update.client, update.version, update.turn) != (job.client, job.version, job.turn):
             return "rejected: it names another client, version or turn than its job"
         self._settle(job.id)
-        if not self.schedule.accepts(self, update.turn):
-            return f"late: turn {update.turn} is over"
+        if reason := self._unusable(update):
+            self.silence += 1
+            return reason
+        self.silence = 0
+        self.heard[job.client] = job.visit
+        self.buffer.append(update)
+        if (r := self.rounds.get(update.turn)) is not None:
+            r["arrived"] += 1
+        return None
+
+    def _unusable(self, update: Update) -> str | None:
+        if reason := self.schedule.at(self).late(self, update):
+            return f"late: {reason}"
         if not 0 < update.weight < float("inf"):
             return f"rejected: weight {update.weight}"
         try:
             reason = self.method.check(self.state, update)
         except WireError as error:
             reason = str(error)
-        if reason:
-            return f"rejected: {reason}"
-        self.buffer.append(update)
-        if (r := self.rounds.get(update.turn)) is not None:
-            r["arrived"] += 1
-        return None
+        return f"rejected: {reason}" if reason else None
 
     def joined(self, client: int) -> None:
         """The client can be asked from now on."""
         self.online.add(client)
+        self.silence = 0
 
     def left(self, client: int) -> list[Job]:
         """The client cannot be reached any more; its open jobs, which the engine should report lost."""
@@ -165,45 +182,98 @@ class Server:
 
     # --- stepping -----------------------------------------------------------------------------------------------
     def step(self) -> dict[str, Any] | None:
-        """Aggregate once if the schedule is ready; what the step was made of, or None. Call until it gives None."""
-        if self.finished or not self.schedule.ready(self):
+        """Aggregate once if the schedule is ready; what the step was made of, or None. Call until it gives None.
+
+        Its `jobs` are those whose updates are not needed any more.
+        """
+        schedule = self.schedule.at(self)
+        if self.finished or not schedule.ready(self):
             return None
-        batch = self.schedule.takes(self)
+        batch = schedule.takes(self)
         taken = {u.job for u in batch}
         staleness = [self.version - u.version for u in batch]
-        weights = [u.weight * self.schedule.discount(s) for u, s in zip(batch, staleness, strict=True)]
+        terms = schedule.terms(self, batch)
         before = self.state.get("params", {})
-        self.state = self.method.step(self.state, batch, weights)
+        self.state = self.method.at(schedule.rate(self, batch)).step(
+            self.state, [t.update for t in terms], [t.weight for t in terms], [t.share for t in terms]
+        )
         self.version += 1
         for k, v in self.state.get("params", {}).items():
             if v is not before.get(k):
                 self.changed[k] = self.version
         self.buffer = [u for u in self.buffer if u.job not in taken]
         self.rounds = {t: r for t, r in self.rounds.items() if t >= self.version}
-        losses = [(u.metrics["loss"], w) for u, w in zip(batch, weights, strict=True) if "loss" in u.metrics]
+        held = taken | {u.job for u in self.kept}
+        self.kept = schedule.remember(self, batch)
+        self.versions[self.version] = self.state.get("params", {})
+        self._prune()
+        losses = [(u.metrics["loss"], u.weight) for u in batch if "loss" in u.metrics]
         total = sum(w for _, w in losses)
         return {
             "version": self.version,
-            "jobs": sorted(taken),
+            "jobs": sorted(held - {u.job for u in self.kept}),
             "updates": len(batch),
-            "weight": sum(weights),
+            "weight": sum(t.weight for t in terms),
             "staleness": sum(staleness) / len(staleness),
+            "stalest": max(staleness),
             "loss": sum(x * w for x, w in losses) / total if total else None,
+            **self.footprint(),
         }
+
+    def against(self, update: Update) -> Update:
+        """The update as a whole model's difference to the current one: (theta_start + Delta) - theta_now, for the
+        tensors it moves."""
+        delta = self.method.effect(update.payload)
+        back = self.difference(delta, update.version)
+        same = {k for k in delta if self.versions[update.version][k] is self.state["params"][k]}
+        return replace(update, payload=Lazy(delta, lambda k: delta[k] if k in same else delta[k] + back[k]))
+
+    def difference(self, names: Iterable[str], version: int) -> Lazy:
+        """theta_version - theta_now of these tensors, each when it is asked for."""
+        then, now = self.versions[version], self.state["params"]
+        return Lazy(names, lambda k: then[k] - now[k])
+
+    def _prune(self) -> None:
+        """Forget versions that nothing refers to."""
+        if self.schedule.anchored:
+            wanted = {j.version for j in self.outstanding.values()} | {u.version for u in (*self.buffer, *self.kept)}
+            wanted |= {self.version} | self.schedule.pins(self)
+            self.versions = {v: tree for v, tree in self.versions.items() if v in wanted}
+        else:
+            self.versions = {}
+
+    def footprint(self) -> dict[str, int]:
+        """What the server holds: past versions, kept updates, the bytes of its tensors (each once), and the bytes of
+        packets it needs again, which an engine may keep on disk."""
+        seen: dict[int, int] = {}
+        trees: list[dict[Any, Any]] = [self.state, self.notes, self.versions]
+        while trees:
+            for x in trees.pop().values():
+                if isinstance(x, Tensor):
+                    seen[id(x)] = x.numel() * x.element_size()
+                elif isinstance(x, dict):
+                    trees.append(x)
+        past = sum(1 for v in self.versions if v != self.version)
+        packets = sum(u.bytes for u in (*self.kept, *self.buffer))
+        return {"versions": past, "kept": len(self.kept), "memory": sum(seen.values()), "packets": packets}
 
     @property
     def standstill(self) -> str:
         """Why nothing goes on any more, if so, and what to do about it."""
         r = self.rounds.get(self.version, {})
-        asked = sum(r.get("asked", {}).values())
+        asked = sum(r["asked"].values()) if r else self.next_id
+        arrived = r.get("arrived", len(self.buffer))
         return (
-            f"turn {self.version}: {asked} jobs asked, {r.get('arrived', 0)} updates arrived, {len(self.online)} of "
-            f"{len(self.clients)} clients online, nobody left to ask; lower schedule.minimum, raise schedule.deadline, "
-            f"or mend the clients' loss and online settings"
+            f"turn {self.version}: {asked} jobs asked, {arrived} updates arrived, {self.silence} lost or refused "
+            f"since one last counted, {len(self.online)} of {len(self.clients)} clients online, nobody left to ask: "
+            f"lower schedule.minimum, raise schedule.deadline, or mend the clients' loss and online settings"
         )
 
     # --- saving -------------------------------------------------------------------------------------------------
-    PLAIN = ("version", "next_id", "rounds", "visits", "held", "confirmed", "changed")
+    PLAIN = (
+        "version", "next_id", "rounds", "notes", "versions", "visits", "heard", "held", "confirmed", "changed",
+        "silence",
+    )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but method, schedule and the buffered payloads, which the engine keeps by job."""
@@ -211,7 +281,10 @@ class Server:
             "state": self.state,
             "online": sorted(self.online),
             "outstanding": [vars(j) for j in self.outstanding.values()],
-            "buffer": [{k: v for k, v in vars(u).items() if k != "payload"} for u in self.buffer],
+            **{
+                name: [{k: v for k, v in vars(u).items() if k != "payload"} for u in updates]
+                for name, updates in (("buffer", self.buffer), ("kept", self.kept))
+            },
             **{k: getattr(self, k) for k in self.PLAIN},
         }
 
@@ -222,4 +295,6 @@ class Server:
         self.state = saved["state"]
         self.online = set(saved["online"])
         self.outstanding = {j["id"]: Job(**{**j, "own": tuple(j["own"])}) for j in saved["outstanding"]}
-        self.buffer = [Update(**u, payload=payload(u["job"])) for u in saved["buffer"]]
+        self.buffer, self.kept = (
+            [Update(**u, payload=payload(u["job"])) for u in saved[name]] for name in ("buffer", "kept")
+        )

@@ -38,8 +38,9 @@ class Simulation:
         executor: where clients really compute.
         ledger, spool: the record, and the place of packets in flight.
         evaluate: metrics of the exported view, or None; called at version 0 (unless `evaluate_start` is false), every
-            `evaluate_every` versions, and last.
+            `evaluate_every` versions or `evaluate_seconds` seconds if that is given, and last.
         on_event: called after every event, when the state may be saved; may raise `Interrupted`.
+        seconds: virtual time after which the run ends even if the server has not finished; None: no limit.
         catch_up: whether what a client missed before the last version costs time and counts as moved; it is written
             down either way.
     """
@@ -59,12 +60,16 @@ class Simulation:
         evaluate_start: bool = True,
         on_event: Callable[[], None] = lambda: None,
         catch_up: bool = True,
+        seconds: float | None = None,
+        evaluate_seconds: float | None = None,
     ) -> None:
         self.server, self.devices, self.steps = server, devices, steps
         self.downlink, self.up, self.executor = Downlink(down, server), up, executor
         self.ledger, self.spool = ledger or Ledger(), spool or Spool()
         self.evaluate, self.evaluate_every, self.on_event = evaluate, evaluate_every, on_event
         self.catch_up = catch_up
+        self.seconds, self.evaluate_seconds = seconds, evaluate_seconds
+        self.mark = 1  # the next evaluation by time is at mark x evaluate_seconds
         self.clock = Clock()
         self.flights: dict[int, Flight] = {}
         self.queues: dict[int, list[int]] = {}  # each client's jobs not yet computed, in order
@@ -87,7 +92,7 @@ class Simulation:
         while True:
             if not self.clock or self.clock.peek() > self.clock.now:
                 self._settle()
-                if self.server.finished:
+                if self.server.finished or not self._pass():
                     break
             lonely = not self.flights and self.quiet > PATIENCE + 4 * len(self.devices)
             if lonely or not self.clock:
@@ -113,12 +118,31 @@ class Simulation:
             if change := device.next_change(0.0):
                 self.clock.schedule(change[0], "join" if change[1] else "leave", c)
 
+    def _pass(self) -> bool:
+        """Do what is due before the next event; whether there is time for that event."""
+        end = float("inf") if self.seconds is None else self.seconds
+        following = self.clock.peek() if self.clock else self.clock.now
+        while self.evaluate_seconds and self.mark * self.evaluate_seconds <= min(following, end):
+            self._evaluate(self.mark * self.evaluate_seconds)
+            self.mark += 1
+        if following <= end:
+            return True
+        if self.evaluate is not None and not (self.evaluate_seconds and (self.mark - 1) * self.evaluate_seconds == end):
+            self._evaluate(end)
+        self.clock.now = end
+        return False
+
+    def _evaluate(self, at: float) -> None:
+        """The server's model as it is at second `at`."""
+        if self.evaluate is not None:
+            result = self.evaluate(self.server.method.export(self.server.state))
+            self.ledger.add("eval", t=at, version=self.server.version, **result)
+
     def _settle(self) -> None:
         """Everything of this instant has been heard: evaluate, step, ask."""
         while True:
-            if self.due is not None and self.evaluate is not None:
-                result = self.evaluate(self.server.method.export(self.server.state))
-                self.ledger.add("eval", t=self.clock.now, version=self.due, **result)
+            if self.due is not None:
+                self._evaluate(self.clock.now)
             self.due = None
             record = self.server.step()
             if record is None:
@@ -128,7 +152,8 @@ class Simulation:
             self.ledger.add("step", t=self.clock.now, **record, **self.ledger.bytes)
             v = self.server.version
             turn = v - self.server.method.prelude
-            if self.evaluate is not None and (self.server.finished or (turn > 0 and turn % self.evaluate_every == 0)):
+            regular = self.evaluate_seconds is None and turn > 0 and turn % self.evaluate_every == 0
+            if self.evaluate is not None and (self.server.finished or regular):
                 self.due = v
         for job in self.server.poll():
             self._send(job)
@@ -186,10 +211,15 @@ class Simulation:
             self.spool.put(self.memory[client], wire.pack(result.memory))
         self.spool.put(f"up/{key}", result.blob)
         flight.view, flight.up_bytes = None, result.size
-        flight.weight, flight.metrics = result.weight, result.metrics
+        flight.weight, flight.metrics, flight.raw = result.weight, result.metrics, result.raw
+        flight.encode = result.flops / (device.gflops * 1e9)
+        end = self.clock.now + flight.encode
+        if flight.encode:  # the processor is busy with it
+            flight.compute = flight.compute[0], end
+            self._restart(client, self.queues[client][1:], end)
         self.server.computed(flight.job)
         lane: Lane = "up" if device.duplex else "link"
-        flight.up = self.clock.occupy(client, lane, self.clock.now, result.size / (device.up_mb_s * 1e6))
+        flight.up = self.clock.occupy(client, lane, end, result.size / (device.up_mb_s * 1e6))
         self.clock.schedule(flight.up[1] + device.latency, "arrived", key)
         self._next(client)
 
@@ -207,9 +237,8 @@ class Simulation:
         refused: str | None = "late"
         if not flight.abandoned:
             payload = self.up.decode(self.spool.get(f"up/{key}"))
-            refused = self.server.receive(
-                Update(job.id, job.client, job.version, job.turn, payload, flight.weight, flight.metrics or {})
-            )
+            update = Update(job.id, job.client, job.version, job.turn, payload, flight.weight, flight.metrics or {})
+            refused = self.server.receive(replace(update, bytes=flight.up_bytes))
             if refused:
                 self.server.lost(job)
                 self._lost(job, refused)
@@ -240,8 +269,11 @@ class Simulation:
         queue = self.queues[client]
         at = queue.index(key)
         queue.remove(key)
-        end = self.flights[queue[at - 1]].compute[1]
-        for later in (self.flights[k] for k in queue[at:]):
+        self._restart(client, queue[at:], self.flights[queue[at - 1]].compute[1])
+
+    def _restart(self, client: int, keys: Sequence[int], end: float) -> None:
+        """Let jobs that wait for their client's processor begin one after the other, the first at `end`."""
+        for later in (self.flights[k] for k in keys):
             start = max(end, later.down[1] + self.devices[client].latency)
             end = start + later.compute[1] - later.compute[0]
             if (start, end) != later.compute:  # else its event is there already
@@ -295,6 +327,7 @@ class Simulation:
             "downlink": self.downlink.state_dict(),
             "quiet": self.quiet,
             "due": self.due,
+            "mark": self.mark,
             "events": self.events,
             "begun": self.begun,
             "ledger": self.ledger.state_dict(),
@@ -310,7 +343,7 @@ class Simulation:
         self.flights = restore(saved["flights"])
         self.queues, self.memory = saved["queues"], saved["memory"]
         self.downlink.load_state_dict(saved["downlink"])
-        self.quiet, self.due = saved["quiet"], saved["due"]
+        self.quiet, self.due, self.mark = saved["quiet"], saved["due"], saved["mark"]
         self.events, self.begun = saved["events"], saved["begun"]
         for client, queue in self.queues.items():
             if queue:

@@ -20,7 +20,7 @@ from torch import Tensor
 from hocket import wire
 from hocket.errors import StoreError, WireError
 
-FORMAT = 2
+FORMAT = 3
 KEEP = 2  # checkpoints kept, so that one torn file never loses a run
 
 

@@ -128,7 +128,7 @@ def test_bytes_down_are_the_drawn_blocks_only() -> None:
 
 def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(RecipeError, match="server_optimizer"):
-        method.build(cybgd(server_optimizer="adam"))
+        method.build(cybgd(server_optimizer="adam", download=0.5))
     with pytest.raises(RecipeError, match="additive.*replaces blocks"):
         quadratic(sched={"name": "overlap", "staleness": 1}, meth=cybgd())
     with pytest.raises(RecipeError, match=r"method\.blocks: 9 blocks for 4 layers"):

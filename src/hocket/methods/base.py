@@ -6,9 +6,9 @@ defaults *are* FedAvg on the trainable view, so a new method overrides only what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -38,6 +38,8 @@ class Job:
             same batches whatever the schedule does with the others.
         payload: the tensors that changed since version `since`; all of them if `since` is None.
         own: this client's earlier turns, beyond `version`, whose updates the server still counts on.
+        follows: the visit of this client's last update that the server has or still counts on, -1 for none: what the
+            client remembers of later ones (error feedback) belongs to updates that never counted.
         deadline: seconds after dispatch at which the server stops waiting; None for never.
     """
 
@@ -50,11 +52,13 @@ class Job:
     since: int | None = None
     deadline: float | None = None
     own: tuple[int, ...] = ()
+    follows: int = -1
 
 
 @plain_dataclass(frozen=True)
 class Update:
-    """What came back for a job: what the method uploads (a delta, factors, scalars), never a full model."""
+    """What came back for a job: what the method uploads (a delta, factors, scalars), never a full model; `bytes` are
+    those of its packet."""
 
     job: int
     client: int
@@ -63,6 +67,7 @@ class Update:
     payload: Mapping[str, torch.Tensor] = field(compare=False)
     weight: float = 1.0
     metrics: dict[str, float] = field(default_factory=dict)
+    bytes: int = 0
 
 
 @plain_dataclass(frozen=True)
@@ -132,14 +137,14 @@ class Method:
     """
 
     server_lr: float = Field(default=1.0, gt=0, description="server rate eta")
-    server_optimizer: Literal["sgd", "momentum", "adagrad", "adam", "yogi"] = Field(
+    server_optimizer: Literal["sgd", "momentum", "adagrad", "adam", "yogi", "amsgrad"] = Field(
         default="sgd",
-        description="what is done with the mean update: add it, or FedAvgM / FedAdagrad / FedAdam / FedYogi",
+        description="what is done with the mean update: add it, FedAvgM, FedAdagrad, FedAdam, FedYogi, or AMSGrad",
     )
     beta1: float = Field(
-        default=0.9, ge=0, lt=1, description="momentum of FedAvgM and first moment of FedAdam, FedYogi"
+        default=0.9, ge=0, lt=1, description="momentum of FedAvgM and first moment of FedAdam, FedYogi, AMSGrad"
     )
-    beta2: float = Field(default=0.99, ge=0, lt=1, description="second moment of FedAdam, FedYogi")
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="second moment of FedAdam, FedYogi, AMSGrad")
     tau: float = Field(default=1e-3, gt=0, description="adaptivity floor added to the root of the second moment")
     mu: float = Field(default=0.0, ge=0, description="FedProx's proximal coefficient; 0 switches it off")
 
@@ -202,6 +207,15 @@ class Method:
         """One job on a client: from `start` (the view, own updates in flight included) to what is uploaded."""
         return local.fit(start, self.trains(local), self.mu)
 
+    def effect(self, payload: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """What an upload stands for: the difference it would make to each tensor of the view, by itself and at a server
+        rate of 1. A tree of such differences can be given to `step` in place of an upload."""
+        return payload
+
+    def at(self, rate: float) -> Method:
+        """This method with its server rate multiplied by `rate`."""
+        return self if rate == 1 else replace(self, server_lr=self.server_lr * rate)
+
     def own(self, world: Tree, sent: Mapping[str, torch.Tensor]) -> Tree:
         """`world` with one of the client's own updates, still in flight, as the server would add it alone."""
         return world | {k: world[k] + self.server_lr * sent[k] for k in sent}
@@ -219,10 +233,17 @@ class Method:
                 return f"tensor '{k}' holds values that are not finite"
         return None
 
-    def step(self, state: State, updates: Sequence[Update], weights: Iterable[float]) -> State:
-        """The next state from the updates of one aggregation; each may carry any subset of the tensors."""
+    def step(
+        self, state: State, updates: Sequence[Update], weights: Sequence[float], shares: Sequence[float] | None = None
+    ) -> State:
+        """The next state from the updates of one aggregation; each may carry any subset of the tensors.
+
+        Args:
+            weights: of the updates; may be negative.
+            shares: what each counts for in the divisor of the mean (see `hocket.combine.mean`); none: its weight.
+        """
         params, slots = dict(state["params"]), dict(state["slots"])
-        for k, delta in mean([u.payload for u in updates], list(weights)):
+        for k, delta in mean([u.payload for u in updates], weights, shares):
             step, slots[k] = self._server_step(delta, slots.get(k, {}))
             params[k] = params[k] + step.to(params[k].dtype)
             if not slots[k]:
@@ -241,8 +262,13 @@ class Method:
         if self.server_optimizer == "momentum":
             m = self.beta1 * m + delta
             return self.server_lr * m, {"m": m}
-        v = slot.get("v", torch.full_like(delta, self.tau**2))
         square = delta * delta
+        if self.server_optimizer == "amsgrad":  # Reddi et al. 2018, arXiv 1904.09237, without bias correction
+            m = self.beta1 * m + (1 - self.beta1) * delta
+            v = (1 - self.beta2) * square + (self.beta2 * slot["v"] if slot else 0)
+            top = torch.maximum(slot["top"], v) if slot else v
+            return self.server_lr * m / (top.sqrt() + self.tau), {"m": m, "v": v, "top": top}
+        v = slot.get("v", torch.full_like(delta, self.tau**2))
         if self.server_optimizer == "adagrad":
             m, v = delta, v + square
         else:

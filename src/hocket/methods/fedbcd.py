@@ -98,9 +98,11 @@ class FedBCD(BlockMethod):
             return f"'{ORDER}' is not for now"
         return super().check(state, update)
 
-    def step(self, state: State, updates: Sequence[Update], weights: Iterable[float]) -> State:
+    def step(
+        self, state: State, updates: Sequence[Update], weights: Sequence[float], shares: Sequence[float] | None = None
+    ) -> State:
         if not any(ORDER in u.payload for u in updates):
-            return super().step(state, updates, weights)
-        norms = dict(mean([u.payload for u in updates], list(weights)))[ORDER]
+            return super().step(state, updates, weights, shares)
+        norms = dict(mean([u.payload for u in updates], weights))[ORDER]
         order = norms.argsort(descending=True, stable=True)
         return state | {"params": state["params"] | {ORDER: order}, "ordered": True}

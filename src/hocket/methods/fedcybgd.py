@@ -25,7 +25,7 @@ Exact: one client and one block is local training; p = 1 with exact block solves
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -52,8 +52,10 @@ class FedCyBGD(BlockMethod):
 
     @model_validator(mode="after")
     def _plain(self) -> FedCyBGD:
-        if self.server_optimizer != "sgd" or self.server_lr != 1:
-            raise ValueError("server_optimizer, server_lr: fedcybgd stores blocks as they come; leave both out")
+        if self.download < 1 and (self.server_optimizer != "sgd" or self.server_lr != 1):
+            raise ValueError(
+                "server_optimizer, server_lr: with download < 1 fedcybgd stores blocks as they come; leave both out"
+            )
         return self
 
     @property
@@ -80,21 +82,29 @@ class FedCyBGD(BlockMethod):
             return int(torch.randint(blocks, (1,), generator=generator(seed, "block", turn)))
         return turn % blocks if self.order == "ascending" else blocks - 1 - turn % blocks
 
-    def step(self, state: State, updates: Sequence[Update], weights: Iterable[float]) -> State:
-        params, start, updated = dict(state["params"]), state["start"], dict(state["updated"])
-        weights = list(weights)
-        drawn = [self._drawn(state, u.version, u.client) for u in updates]
-        for k, delta in mean([u.payload for u in updates], weights):
+    def step(
+        self, state: State, updates: Sequence[Update], weights: Sequence[float], shares: Sequence[float] | None = None
+    ) -> State:
+        if self.download == 1:  # everybody starts from the server's blocks: what is stored is what is added
+            return self._noting(super().step(state, updates, weights, shares), updates)
+        params, start = dict(state["params"]), state["start"]
+        # an update of no client is the server's own, made against its blocks
+        drawn = [self._drawn(state, u.version, u.client) if u.client >= 0 else params for u in updates]
+        for k, delta in mean([u.payload for u in updates], weights, shares):
             held = [(k in d, w) for u, d, w in zip(updates, drawn, weights, strict=True) if k in u.payload]
             # the share, by weight, of those that started from the server's block and not from the pretrained one
             share = sum(w for has, w in held if has) / sum(w for _, w in held)
             base = params[k] if share == 1 else start[k] if share == 0 else torch.lerp(start[k], params[k], share)
             params[k] = base + delta.to(base.dtype)
-        version = state["version"] + 1
-        for b, names in enumerate(self.cut(params)):
+        return self._noting(state | {"params": params}, updates)
+
+    def _noting(self, state: State, updates: Sequence[Update]) -> State:
+        """`state` at its next version, with the blocks that these updates were the first to change."""
+        version, updated = state["version"] + 1, dict(state["updated"])
+        for b, names in enumerate(self.cut(state["params"])):
             if any(k in u.payload for u in updates for k in names):
                 updated.setdefault(str(b), version)
-        return state | {"params": params, "updated": updated, "version": version}
+        return state | {"updated": updated, "version": version}
 
     def _drawn(self, state: State, version: int, client: int) -> Tree:
         """The updated blocks that `client` fetches at `version`."""

@@ -9,7 +9,8 @@ https://arxiv.org/abs/2409.05976.
 
 Bytes a round and client: up s_c sum_m r_i (in_m + out_m); down the stack, s_c sum_m (sum_j r_j) (in_m + out_m), and
 for a client that missed rounds every missed stack, or the dense W where that is less. The server keeps only stacks
-that could still be sent, so at most one dense W of them.
+that could still be sent, so at most one dense W of them. With a server optimizer, or under a schedule that adds
+differences of whole weights, the dense W travels down.
 Client memory: weights (those adapted must be writable, so a 4- or 8-bit base will not do) + 16 bytes a number of A, B.
 Exact: the stack is the mean of the products, for any ranks and scales; under a lossy downlink codec clients merge what
 they decode, and what is lost adds up from round to round. New heads and other trainables are averaged.
@@ -20,14 +21,14 @@ first client's factors only, weighted p_0 each: its gap between FLoRA and FedIT 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from hocket.combine import mean
+from hocket.combine import Lazy, mean
 from hocket.methods.base import PLAIN, Client, Local, State, Update, method
 from hocket.methods.lora import LoRA
 from hocket.tree import Tree, generator
@@ -42,12 +43,6 @@ class FLoRA(LoRA):
 
     merges: ClassVar[bool] = True
     increments: ClassVar[bool] = False  # every job has factors of its own
-
-    @model_validator(mode="after")
-    def _plain(self) -> FLoRA:
-        if self.server_optimizer != "sgd":
-            raise ValueError("server_optimizer: flora merges its stack as it is; use 'sgd' (server_lr scales it)")
-        return self
 
     def init(self, params: Tree, seed: int) -> State:
         return super().init(params, seed) | {"version": 0, "stacks": {}}
@@ -93,17 +88,34 @@ class FLoRA(LoRA):
         rest = _without(sent, {m + x for m in _modules(params) for x in (A, B)})
         return super().check(state, Update(update.job, update.client, update.version, update.turn, rest))
 
-    def step(self, state: State, updates: Sequence[Update], weights: Iterable[float]) -> State:
-        weights, stack = list(weights), {}
+    def effect(self, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        bases = {m + BASE: m for m in _modules(payload)}
+
+        def make(name: str) -> Tensor:
+            if name not in bases:
+                return payload[name]
+            a, b = payload[bases[name] + A], payload[bases[name] + B]
+            return _add(b.new_zeros(b.shape[0], a.shape[1]), self.scale(bases[name]) * a, b)
+
+        return Lazy([*bases, *(k for k in payload if not k.endswith((A, B)))], make)
+
+    def step(
+        self, state: State, updates: Sequence[Update], weights: Sequence[float], shares: Sequence[float] | None = None
+    ) -> State:
+        version, shares = state["version"] + 1, weights if shares is None else shares
+        if self.server_optimizer != "sgd" or any(k.endswith(BASE) for u in updates for k in u.payload):
+            # differences of whole weights: there is no stack that a client could be sent instead
+            whole = [replace(u, payload=self.effect(u.payload)) for u in updates]
+            return super().step(state, whole, weights, shares) | {"version": version, "stacks": {}}
+        stack: Tree = {}
         for m in _modules(state["params"]):
-            held = [(u.payload, w) for u, w in zip(updates, weights, strict=True) if m + A in u.payload]
+            held = [(u.payload, w, s) for u, w, s in zip(updates, weights, shares, strict=True) if m + A in u.payload]
             if held:
-                unit = self.server_lr * self.scale(m) / sum(w for _, w in held)
-                stack[m + A] = torch.cat([sent[m + A] * (unit * w) for sent, w in held])
-                stack[m + B] = torch.cat([sent[m + B] for sent, _ in held], dim=1)
-        version = state["version"] + 1
+                unit = self.server_lr * self.scale(m) / sum(s for _, _, s in held)
+                stack[m + A] = torch.cat([sent[m + A] * (unit * w) for sent, w, _ in held])
+                stack[m + B] = torch.cat([sent[m + B] for sent, _, _ in held], dim=1)
         params = self.load(state["params"], {f"{version}/{k}": v for k, v in stack.items()})
-        for k, delta in mean([_without(u.payload, stack) for u in updates], weights):
+        for k, delta in mean([_without(u.payload, stack) for u in updates], weights, shares):
             params[k] = params[k] + self.server_lr * delta.to(params[k].dtype)
         stacks = _cheap({**state["stacks"], str(version): stack}, params)
         return state | {"params": params, "version": version, "stacks": stacks}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from hocket.methods import Update
 from hocket.schedules.base import PLAIN, Schedule, schedule
 
 if TYPE_CHECKING:
@@ -106,8 +107,8 @@ class Sync(Schedule):
             return False
         return r["arrived"] >= r["goal"] or (not r["open"] and r["arrived"] >= min(self.minimum, r["goal"]))
 
-    def accepts(self, server: Server, turn: int) -> bool:
-        return turn >= server.version
+    def late(self, server: Server, update: Update) -> str | None:
+        return f"turn {update.turn} is over" if update.turn < server.version else None
 
 
 @schedule("overlap")

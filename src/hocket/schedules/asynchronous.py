@@ -1,0 +1,80 @@
+"""What servers that wait for nobody have in common: a client that has reported is asked again at once.
+
+Everything that arrives in one instant is heard before anybody is asked again: otherwise equal speeds would be the
+synchronous round only once, and one version stale ever after.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from hocket.methods import Update
+from hocket.schedules.base import PLAIN, Schedule
+from hocket.schedules.sync import Sync
+
+if TYPE_CHECKING:
+    from hocket.server import Server
+
+PRELUDE = Sync()  # what a method must know before it trains, it hears from everybody
+SILENCE = 20  # failures in a row, beside five a client, after which nobody is asked any more
+
+
+@dataclass(frozen=True, config=PLAIN)
+class Async(Schedule):
+    """Whoever is idle is asked, up to a concurrency; staleness is what it comes to."""
+
+    concurrency: int | None = Field(
+        default=None, ge=1, description="clients at work at the same time; none: all that are online"
+    )
+    selection: Literal["random", "fair"] = Field(
+        default="random", description="who of the idle is asked: anybody, or those asked least (random among equals)"
+    )
+    max_staleness: int | None = Field(
+        default=None, ge=0, description="versions an update may be behind; staler ones are refused; none: any"
+    )
+    deadline: float | None = Field(
+        default=None, gt=0, description="seconds a job may take (its largest age); then it counts as lost; none: any"
+    )
+
+    @property
+    def patience(self) -> float | None:
+        return self.deadline
+
+    def at(self, server: Server) -> Schedule:
+        return PRELUDE if server.version < server.method.prelude else self
+
+    def wants(self, server: Server) -> list[tuple[int, int]]:
+        if server.silence > SILENCE + 5 * len(server.clients):
+            return []  # nobody gets through: better an error than to ask for ever
+        busy = {j.client for j in server.outstanding.values()}
+        idle = sorted(server.online - busy - self.resting(server))
+        room = min(len(idle), (self.concurrency or len(server.clients)) - len(busy))
+        if room <= 0:
+            return []
+        order = server.sample(idle, len(idle), "idle", server.next_id)
+        if self.selection == "fair":
+            order.sort(key=lambda c: server.visits.get(c, 0))
+        return [(c, server.version) for c in order[:room]]
+
+    def resting(self, server: Server) -> set[int]:
+        """Clients that are not asked for now."""
+        return set()
+
+    def late(self, server: Server, update: Update) -> str | None:
+        stale = server.version - update.version
+        if self.max_staleness is not None and stale > self.max_staleness:
+            return f"it started {stale} versions ago; schedule.max_staleness is {self.max_staleness}"
+        return None
+
+    def takes(self, server: Server) -> list[Update]:
+        return sorted(server.buffer, key=lambda u: u.job)
+
+
+def fade(kind: Literal["constant", "polynomial", "hinge"], a: float, b: float, staleness: int) -> float:
+    """s(tau): 1; (1 + tau)^-a; or 1 up to b and then 1 / (a (tau - b) + 1). Xie et al. 2019, arXiv 1903.03934."""
+    if kind == "polynomial":
+        return float((1 + staleness) ** -a)
+    return 1.0 if kind == "constant" or staleness <= b else 1 / (a * (staleness - b) + 1)
