@@ -171,8 +171,9 @@ def _perform(toml: str, folder: str) -> dict[str, Any]:
         "heldout_rows": last["n"], "virtual_seconds": s["virtual_seconds"],
         "up_bytes": s["up_bytes"], "down_bytes": s["down_bytes"], "catch_up_bytes": found.steps[-1].get("catch_up", 0),
         "local_steps": int(sum(c.get("steps", 0) for c in found.clients.values())), "turns": s["versions"],
-        "curve": found.curve("t"), "wall_seconds": found.manifest["wall_seconds"],
-        "accuracy": s["accuracy"], "gsm8k": s["gsm8k"],
+        "curve": found.curve("t"), "moved": [x for x, _ in found.curve("bytes")], "clients": last.get("clients"),
+        "jobs": [int(c["jobs"]) for _, c in sorted(found.clients.items())],
+        "wall_seconds": found.manifest["wall_seconds"], "accuracy": s["accuracy"], "gsm8k": s["gsm8k"],
     }  # fmt: skip
 
 
@@ -182,10 +183,12 @@ def _number(x: Any) -> float:
 
 def summary(study: Study, chosen: Mapping[str, Chosen], runner: Runner) -> dict[str, Any]:
     """For each variant its rate, losses by seed with mean and standard deviation, and its paired difference to
-    `versus`: mean, 95 % interval (Student's t over seeds) and two-sided p; times and bytes are means over seeds."""
+    `versus`: mean, 95 % interval (Student's t over seeds) and two-sided p; times and bytes are means over seeds.
+    `reached` and `reached_bytes`: for each seed, when it was first as good as `versus` was in the end."""
     versus = study.versus or study.variant[0].name
     runs = {n: {s: runner.result(r) for s, r in study.runs(c.variant, c.rate).items()} for n, c in chosen.items()}
     base = [r["start_loss"] for rs in runs.values() for r in rs.values() if r["start_loss"] is not None]
+    goal = {s: r["loss"] for s, r in runs[versus].items()}
     rows = {}
     for name, by_seed in runs.items():
         losses = [by_seed[s]["loss"] for s in study.seeds]
@@ -202,6 +205,12 @@ def summary(study: Study, chosen: Mapping[str, Chosen], runner: Runner) -> dict[
             "turns": next(iter(by_seed.values()))["turns"],
             "local_steps": mean("local_steps"),
             "curves": [by_seed[s]["curve"] for s in study.seeds],
+            **{k: [by_seed[s][k] for s in study.seeds] for k in ("moved", "clients", "jobs")},
+            "reached": [first(by_seed[s]["curve"], goal[s]) for s in study.seeds],
+            "reached_bytes": [
+                first([(x, y) for x, (_, y) in zip(by_seed[s]["moved"], by_seed[s]["curve"], strict=True)], goal[s])
+                for s in study.seeds
+            ],
         }
     everything = [r for by_seed in runs.values() for r in by_seed.values()]
     return {
@@ -209,6 +218,18 @@ def summary(study: Study, chosen: Mapping[str, Chosen], runner: Runner) -> dict[
         "versus": versus, "heldout_rows": sorted({r["heldout_rows"] for r in everything}),
         "base_loss": statistics.fmean(base) if base else None, "variants": rows,
     }  # fmt: skip
+
+
+def first(curve: Sequence[tuple[float, float]], goal: float) -> float | None:
+    """Where a curve of (x, loss) points, joined by lines, first is at most `goal`; None if it never is."""
+    before: tuple[float, float] | None = None
+    for x, y in curve:
+        if y <= goal:
+            if before is None or not math.isfinite(before[1]) or before[1] == y:
+                return x
+            return before[0] + (x - before[0]) * (before[1] - goal) / (before[1] - y)
+        before = x, y
+    return None
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float] | None:
@@ -225,23 +246,34 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float] | None:
 def table(result: Mapping[str, Any]) -> str:
     """A study's result, fresh or read from its file, as a Markdown table."""
     versus = result["versus"]
-    first = result["variants"][versus]["virtual_seconds"]
+    longest = result["variants"][versus]["virtual_seconds"]
     lines = [
         f"| variant | rate | held-out loss, mean ± sd of {len(result['seeds'])} | minus {versus} (95 %) | p "
-        "| virtual s | ratio | up MB | down MB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| virtual s | ratio | as good as {versus}, virtual s | up MB | down MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     if result["base_loss"] is not None:
-        lines.append(f"| start model | - | {result['base_loss']:.4f} | - | - | - | - | - | - |")
+        lines.append(f"| start model | - | {result['base_loss']:.4f} | - | - | - | - | - | - | - |")
     for name, v in result["variants"].items():
         d = v["difference"]
         apart = f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f}) | {d['p']:.2g}" if d else "- | -"
         sd = f" ± {v['sd']:.4f}" if v["sd"] is not None else ""
         lines.append(
             f"| {name} | {v['rate']:g} | {float(v['loss']):.4f}{sd} | {apart} | {v['virtual_seconds']:.1f} "
-            f"| {v['virtual_seconds'] / first:.2f} | {v['up_bytes'] / 1e6:.1f} | {v['down_bytes'] / 1e6:.1f} |"
+            f"| {v['virtual_seconds'] / longest:.2f} | {_when(v.get('reached', []))} "
+            f"| {v['up_bytes'] / 1e6:.1f} | {v['down_bytes'] / 1e6:.1f} |"
         )
     return "\n".join(lines)
+
+
+def _when(reached: Sequence[float | None]) -> str:
+    """Mean over the seeds that got there, and how many did if not all."""
+    times = [t for t in reached if t is not None]
+    if not times:
+        return "-"
+    return f"{statistics.fmean(times):.1f}" + (
+        f" ({len(times)} of {len(reached)})" if len(times) < len(reached) else ""
+    )
 
 
 def write(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
