@@ -33,6 +33,16 @@ class Codec:
     name: ClassVar[str] = ""
     lossless: ClassVar[bool] = False
 
+    @property
+    def within(self) -> tuple[Codec, ...]:
+        """The codecs this one is made of."""
+        return ()
+
+    @property
+    def differences(self) -> bool:
+        """Whether it is meant for differences only: it leaves out parts of a tensor that a whole model cannot miss."""
+        return any(c.differences for c in self.within)
+
     def pack(self, name: str, x: Tensor, memory: Tree) -> tuple[Parts, Any]:
         """Parts and JSON-able meta of tensor `x`; `memory` is this sender's own and may be read and written."""
         return {"": x}, None
@@ -40,6 +50,14 @@ class Codec:
     def unpack(self, parts: Parts, meta: Any) -> Tensor:
         """The tensor, from its parts and meta."""
         return parts[""]
+
+    def flops(self, name: str, x: Tensor) -> float:
+        """Floating point operations to encode `x`, from its shape; 0 where sending it costs as many passes over it."""
+        return 0.0
+
+    def work(self, tree: Mapping[str, Tensor]) -> float:
+        """Floating point operations to encode `tree`; its tensors may be on the meta device."""
+        return sum(self.flops(name, tree[name]) for name in sorted(tree))
 
     def encode(self, tree: Mapping[str, Tensor], memory: Tree | None = None) -> bytes:
         """A packet. `memory` (error feedback) is changed in place; stateless codecs ignore it."""
@@ -85,7 +103,7 @@ class Decoded(Mapping[str, Tensor]):
         try:
             parts = {key.partition("|")[2]: self.packet[key] for key in self._parts[name]}
             return self.codec.unpack(parts, self.packet.meta["tensors"].get(name))
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
             raise WireError(f"{self.packet.where}: tensor '{name}' cannot be decoded: {error!r}") from error
 
     def __contains__(self, name: object) -> bool:
@@ -96,6 +114,19 @@ class Decoded(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._parts)
+
+
+def sent_raw(meta: Mapping[str, Any]) -> int:
+    """How many tensors of a packet with this `meta` their codec could not make smaller, and sent as they were."""
+    tensors = meta.get("tensors")
+    return sum(_raw(m) for m in tensors.values()) if isinstance(tensors, Mapping) else 0
+
+
+def _raw(meta: Any, depth: int = 16) -> bool:
+    """Whether a tensor's meta, or what it became in a wrapper (a chain's first parts, a rule's codec), says `raw`."""
+    if isinstance(meta, Mapping) and depth:
+        return "raw" in meta or _raw(meta.get(""), depth - 1)
+    return isinstance(meta, list) and depth > 0 and any(_raw(m, depth - 1) for m in meta)
 
 
 def build(spec: Any) -> Codec:
@@ -129,6 +160,18 @@ class Chain(Codec):
 
     codecs: tuple[Nested, ...] = Field(min_length=1, description="the codecs, first to last")
 
+    @property
+    def within(self) -> tuple[Codec, ...]:
+        return self.codecs
+
+    def flops(self, name: str, x: Tensor) -> float:
+        parts: Parts = {"": x.to("meta")}  # shapes are enough to know what each codec hands to the next
+        total = 0.0
+        for c in self.codecs:
+            total += sum(c.flops(name, t) for t in parts.values())
+            parts = {f"{s}.{sub}": v for s, t in parts.items() for sub, v in c.pack(name, t, {})[0].items()}
+        return total
+
     def pack(self, name: str, x: Tensor, memory: Tree) -> tuple[Parts, Any]:
         parts: Parts = {"": x}
         metas: list[Any] = []
@@ -161,12 +204,23 @@ class PerTensor(Codec):
 
     rules: dict[str, Nested] = Field(min_length=1, description='shell-style pattern = codec, in order; end with "*"')
 
-    def pack(self, name: str, x: Tensor, memory: Tree) -> tuple[Parts, Any]:
-        for pattern, c in self.rules.items():
+    @property
+    def within(self) -> tuple[Codec, ...]:
+        return tuple(self.rules.values())
+
+    def _pattern(self, name: str) -> str:
+        for pattern in self.rules:
             if fnmatch.fnmatchcase(name, pattern):
-                parts, meta = c.pack(name, x, memory)
-                return parts, [pattern, meta]
+                return pattern
         raise WireError(f"codec per_tensor: no rule matches tensor '{name}'; end the rules with '*'")
+
+    def flops(self, name: str, x: Tensor) -> float:
+        return self.rules[self._pattern(name)].flops(name, x)
+
+    def pack(self, name: str, x: Tensor, memory: Tree) -> tuple[Parts, Any]:
+        pattern = self._pattern(name)
+        parts, meta = self.rules[pattern].pack(name, x, memory)
+        return parts, [pattern, meta]
 
     def unpack(self, parts: Parts, meta: Any) -> Tensor:
         return self.rules[meta[0]].unpack(parts, meta[1])
@@ -184,6 +238,13 @@ class Feedback(Codec):
     """
 
     codec: Nested = Field(description="the lossy codec whose error is carried over")
+
+    @property
+    def within(self) -> tuple[Codec, ...]:
+        return (self.codec,)
+
+    def flops(self, name: str, x: Tensor) -> float:
+        return self.codec.flops(name, x)
 
     def pack(self, name: str, x: Tensor, memory: Tree) -> tuple[Parts, Any]:
         key = f"feedback/{name}"
