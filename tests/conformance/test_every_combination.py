@@ -36,6 +36,8 @@ NEEDS = {
     "chain": {"codecs": ["half", "int8"]},
     "per_tensor": {"rules": {"*norm*": "raw", "*": "int8"}},
     "feedback": {"codec": "int8"},
+    "topk": {"share": 0.1},
+    **{name: {"rank": 2} for name in ("svd", "pca", "qrcp", "cur")},
 }
 CODECS: dict[str, Any] = {name: {"name": name, **NEEDS.get(name, {})} for name in codec.names()}
 

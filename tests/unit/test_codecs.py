@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hocket.codecs import codec
+from hocket.codecs import codec, factor, sent_raw
 from hocket.errors import RecipeError, WireError
 from hocket.tree import Tree, digest, generator, nbytes
 
@@ -154,3 +154,112 @@ def test_a_name_with_the_separator_is_refused() -> None:
 def test_wrong_specs_name_the_field(spec: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         built(spec)
+
+
+def chain(*codecs: Any) -> dict[str, Any]:
+    return {"name": "chain", "codecs": codecs}
+
+
+def feedback(inner: Any) -> dict[str, Any]:
+    return {"name": "feedback", "codec": inner}
+
+
+LOSSY: dict[str, Any] = {
+    **{name: {"name": name, "rank": 2} for name in ("svd", "pca", "qrcp", "cur")},
+    "energy": {"name": "pca", "energy": 0.5},
+    "bytes": {"name": "qrcp", "bytes": 0.4},
+    "topk": {"name": "topk", "share": 0.1},
+    **{name: name for name in ("sign", "int4", "int8", "half")},
+    "pca, int8": chain({"name": "pca", "rank": 2}, "int8"),
+    "qrcp, half": chain({"name": "qrcp", "rank": 2}, "half"),
+    "topk, half": chain({"name": "topk", "share": 0.1}, "half"),
+    "topk, int4": chain({"name": "topk", "share": 0.5}, "int4"),
+    "rules": {"name": "per_tensor", "rules": {"*bias": "raw", "*": chain({"name": "svd", "rank": 1}, "int8")}},
+}
+
+
+@pytest.mark.parametrize("spec", LOSSY.values(), ids=LOSSY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_feedback_telescopes(spec: Any, dtype: torch.dtype) -> None:
+    """What arrived and what the client still holds are all that was ever to be sent; the memory does not grow."""
+    c, memory = built(feedback(spec)), {}
+    shapes = {"w": (20, 30), "bias": (9,), "e": (40, 8)}
+    total, arrived = ({k: torch.zeros(s, dtype=dtype) for k, s in shapes.items()} for _ in range(2))
+    held = []
+    for turn in range(40):
+        x = {k: torch.randn(s, generator=generator(turn, k), dtype=dtype) for k, s in shapes.items()}
+        x["e"][turn % 3 :: 3] = 0  # rows that some turns do not touch
+        out = c.decode(c.encode(x, memory))
+        total = {k: total[k] + x[k] for k in x}
+        arrived = {k: arrived[k] + out[k] for k in x}
+        held.append(max(float(torch.linalg.norm(m)) for m in memory.values()))
+    assert set(memory) == {f"feedback/{k}" for k in shapes}
+    for k in shapes:
+        assert torch.allclose(arrived[k] + memory[f"feedback/{k}"], total[k], atol=1e-3 if dtype == torch.float32 else 1e-11)
+    assert max(held[20:]) < 2.5 * max(held[:20])
+
+
+@pytest.mark.parametrize("spec", LOSSY.values(), ids=LOSSY)
+def test_sizes_are_lengths_and_do_not_need_values(spec: Any) -> None:
+    c, tree = built(spec), TREE | {"i": torch.arange(9), "none": torch.empty(0, 2)}
+    assert c.size(tree) == len(c.encode(tree))
+    hollow = {k: v.to("meta") for k, v in tree.items()}
+    if "energy" not in str(c):
+        assert c.size(hollow) == c.size(tree)
+    assert c.size(hollow) >= c.size(tree)
+    assert c.work(hollow) == c.work(tree)
+
+
+def test_a_chain_quantizes_factors_and_leaves_indices_alone() -> None:
+    x = {"w": torch.randn(64, 96, generator=generator(1))}
+    for name in ("pca", "qrcp", "cur"):
+        spec = {"name": name, "rank": 8}
+        plain, short = built(spec), built(chain(spec, "int8"))
+        assert len(short.encode(x)) < 0.4 * len(plain.encode(x))
+        exact, near = plain.decode(plain.encode(x))["w"], short.decode(short.encode(x))["w"]
+        if name != "cur":  # whose middle factor is an inverse
+            assert torch.linalg.norm(near - exact) < 0.02 * torch.linalg.norm(exact)
+        else:
+            assert torch.isfinite(near).all()
+    spec = {"name": "topk", "share": 0.1}
+    kept, short = (built(s).decode(built(s).encode(x))["w"] for s in (spec, chain(spec, "half")))
+    assert torch.equal(kept.bfloat16().float(), short)
+
+
+def test_which_codecs_are_for_differences() -> None:
+    plain = {"raw", "half", "int8"}
+    for name in set(codec.names()) - {"chain", "per_tensor", "feedback"}:
+        assert built(name).differences == (name not in plain)
+        for wrapped in (feedback(name), chain("half", name), {"name": "per_tensor", "rules": {"a": "raw", "*": name}}):
+            assert built(wrapped).differences == (name not in plain)
+
+
+def test_work_is_what_the_codecs_within_do() -> None:
+    hollow = {"w": torch.empty(600, 700, device="meta"), "b": torch.empty(9, device="meta")}
+    svd = {"name": "svd", "rank": 4}
+    work = factor.SVD.flops(600, 700, 4, True)
+    assert built("raw").work(hollow) == built("int8").work(hollow) == 0
+    assert built(svd).work(hollow) == built(feedback(svd)).work(hollow) == work
+    assert built({"name": "per_tensor", "rules": {"b": svd, "*": "raw"}}).work(hollow) == 0
+    assert built(chain("half", svd)).work(hollow) == built(chain(svd, "int8")).work(hollow) == work
+    # a second codec works on what the first one leaves: V^T is 4 x 700
+    small = factor.SVD.flops(4, 600, 1, False) + factor.SVD.flops(4, 700, 1, False)
+    assert built(chain(svd, {"name": "svd", "rank": 1})).work(hollow) == work + small
+
+
+def test_tensors_sent_raw_are_counted_through_wrappers() -> None:
+    tree = {"a": torch.randn(3, 3), "b": torch.randn(3, 4), "big": torch.randn(40, 40), "v": torch.randn(4)}
+    svd = {"name": "svd", "rank": 2}
+    rules = {"name": "per_tensor", "rules": {"b": "raw", "*": svd}}
+    deep = feedback({"name": "per_tensor", "rules": {"b": "raw", "*": chain("half", chain(svd, "int8"))}})
+    for spec, n in ((svd, 2), ("raw", 0), ("int8", 0), (rules, 1), (chain(svd, "half"), 2), (feedback(svd), 2), (deep, 1)):
+        c = built(spec)
+        assert sent_raw(c.decode(c.encode(tree, {})).packet.meta) == n
+    # a part that the next codec cannot shorten does not make the tensor raw
+    c = built(chain({"name": "svd", "rank": 1}, {"name": "svd", "rank": 1}))
+    assert sent_raw(c.decode(c.encode({"big": tree["big"]})).packet.meta) == 0
+    nest: Any = {"": 1}
+    for _ in range(100):
+        nest = [{"": [[], nest]}]
+    for odd in ({}, {"tensors": 3}, {"tensors": {"w": nest}}, {"tensors": {"w": "raw"}}):
+        assert sent_raw(odd) == 0
