@@ -185,7 +185,7 @@ def run_folder(path: Any, sched: str, name: str | None = None) -> Any:
         total, count = w.trainer._loss(view.model, collate(rows))
         return {"loss": float(total.detach()) / count, "perplexity": 2.0}
 
-    sim.evaluate, sim.due = evaluate, 0
+    sim.evaluations.measure, sim.evaluations.ledger, sim.evaluations.due = evaluate, sim.ledger, True
     sim.run()
     sim.ledger.close()
     (path / "recipe.toml").write_text(f'name = "{sched}"\n')

@@ -1,19 +1,30 @@
-"""What simulated clients hold after a download, without storing a cache for each of them.
+"""What simulated clients hold after a download.
 
-A job's payload holds all that changed since the client's version, so the rest of its cache is what every up-to-date
-client has. If packets arrive as they were sent, that is the server's own view. Under a lossy codec one mirror of it, as
-the clients decoded it, serves them all; jobs in flight keep the tensors they need.
+`Downlink` stores no cache for each client: a job's payload holds all that changed since the client's version, so the
+rest of its cache is what every up-to-date client has. If packets arrive as they were sent, that is the server's own
+view. Under a lossy codec one mirror of it, as the clients decoded it, serves them all; jobs in flight keep the tensors
+they need.
+
+`Differences` is for codecs that would ruin whole weights (low rank, sparse): with x_c what client c holds, the server
+sends C(theta - x_c) for the tensors that changed since, and both sides add what was decoded to x_c, so that what was
+lost is in the next difference (the server's side of EF21, https://arxiv.org/abs/2106.05203). That needs x_c for each
+client: packets in the spool, on disk where they are many, never in memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from hocket import wire
 from hocket.codecs import Codec
 from hocket.methods import Job
 from hocket.server import Server
-from hocket.tree import Tree
+from hocket.store import Spool
+from hocket.tree import Tree, nbytes
 
 
 @dataclass(frozen=True)
@@ -96,3 +107,69 @@ class Downlink:
         """Become the downlink that `state_dict` described."""
         self._start, self._mirror, self._stamp = saved["start"], saved["mirror"], saved["stamp"]
         self._merged, self._shared = saved["merged"], None
+
+
+class Differences(Downlink):
+    """The server-to-client direction under a codec for differences.
+
+    Args:
+        spool: where what each client holds is kept, as `held/<client>/<version>`.
+    """
+
+    def __init__(self, codec: Codec, server: Server, spool: Spool) -> None:
+        self.codec, self.spool = codec, spool
+        self._start: Tree = dict(server.state["params"])
+        self._held: dict[int, list[int]] = {}  # client -> versions of it that are in the spool
+
+    def send(self, job: Job, server: Server) -> Download:
+        """The view the client has once it holds the payload, and the payload's bytes."""
+        view, size = self._to(job, server, job.since, job.payload)
+        latest = server.latest(job)
+        old = 0 if latest is None else nbytes({k: x for k, x in job.payload.items() if k not in latest})
+        less = size * old // max(1, nbytes(job.payload))  # by elements: encoding once more would cost too much
+        if not server.method.rebuilds:
+            self._keep(job, view, server.confirmed.get(job.client, 0))
+        return Download(view, size, less)
+
+    def _to(self, job: Job, server: Server, since: int | None, payload: Tree) -> tuple[Tree, int]:
+        if since is None or since < 0:  # there is nothing to take a difference to
+            return server.method.load({}, payload), wire.size(payload)
+        base: Mapping[str, Tensor] = self._start
+        if since in self._held.get(job.client, []) and not server.method.rebuilds:
+            base = self.spool.get(f"held/{job.client}/{since}")
+        want: Mapping[str, Tensor] = server.method.send(server.state, server.clients[job.client], job.version)
+        names = [k for k in payload if k in want]
+        if len(names) < len(payload):  # the method has a shorter way from version to version; here its end is sent
+            names = [k for k in want if server.changed.get(k, 0) > since or k in payload]
+        elif server.method.rebuilds:
+            want = payload
+        news = {k: want[k] - base[k] if want[k].is_floating_point() else want[k] for k in names}
+        blob = self.codec.encode(news)
+        found = self.codec.decode(blob)
+        moved = {k: base[k] + found[k] if want[k].is_floating_point() else found[k] for k in names}
+        size = self.codec.size(news) if self._planned(news) else len(blob)
+        return {k: moved[k] if k in moved else base[k] for k in sorted({*base, *moved})}, size
+
+    def _keep(self, job: Job, view: Tree, confirmed: int) -> None:
+        """Remember what the client will hold, and what it held since the last download it has for certain."""
+        if self._planned(view):
+            return
+        versions = self._held.setdefault(job.client, [])
+        for old in [v for v in versions if v < confirmed and v != job.since]:
+            versions.remove(old)
+            self.spool.drop(f"held/{job.client}/{old}")
+        if job.version not in versions:
+            versions.append(job.version)
+            self.spool.put(f"held/{job.client}/{job.version}", wire.pack(view))
+
+    def _planned(self, tree: Tree) -> bool:
+        """Whether there are no values, as in a plan."""
+        return any(t.is_meta for t in tree.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What clients hold, but for the spool."""
+        return {"start": self._start, "held": self._held}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Become the downlink that `state_dict` described."""
+        self._start, self._held = saved["start"], saved["held"]

@@ -70,6 +70,11 @@ class ShapeCodec:
         self._at: dict[Any, int] = {}  # equal shapes are one tree, however many clients send it
         self._sizes: dict[Any, tuple[int, int]] = {}
 
+    @property
+    def differences(self) -> bool:
+        """Whether the codec is for differences only."""
+        return self.inner.differences
+
     def __str__(self) -> str:
         return str(self.inner)
 

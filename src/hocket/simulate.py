@@ -15,8 +15,9 @@ import torch
 from hocket import wire
 from hocket.clock import Clock, Device, Lane
 from hocket.codecs import Codec
-from hocket.downlink import Downlink
+from hocket.downlink import Differences, Downlink
 from hocket.errors import Interrupted, RunError
+from hocket.evaluations import Evaluations
 from hocket.executors import Executor, Task
 from hocket.flight import Flight, dump, restore
 from hocket.ledger import Ledger
@@ -64,18 +65,18 @@ class Simulation:
         evaluate_seconds: float | None = None,
     ) -> None:
         self.server, self.devices, self.steps = server, devices, steps
-        self.downlink, self.up, self.executor = Downlink(down, server), up, executor
         self.ledger, self.spool = ledger or Ledger(), spool or Spool()
-        self.evaluate, self.evaluate_every, self.on_event = evaluate, evaluate_every, on_event
-        self.catch_up = catch_up
-        self.seconds, self.evaluate_seconds = seconds, evaluate_seconds
-        self.mark = 1  # the next evaluation by time is at mark x evaluate_seconds
+        self.downlink = Differences(down, server, self.spool) if down.differences else Downlink(down, server)
+        self.up, self.executor = up, executor
+        self.evaluations = Evaluations(
+            evaluate, server, self.ledger, evaluate_every, evaluate_seconds, due=evaluate_start
+        )
+        self.on_event, self.catch_up, self.seconds = on_event, catch_up, seconds
         self.clock = Clock()
         self.flights: dict[int, Flight] = {}
         self.queues: dict[int, list[int]] = {}  # each client's jobs not yet computed, in order
         self.memory: dict[int, str] = {}  # where in the spool each client's private tensors are
         self.quiet = 0  # joins and leaves since anybody was asked
-        self.due = 0 if evaluate and evaluate_start else None  # version whose evaluation is still to be done
         self.events = 0
         self.begun = self.finished = False
 
@@ -119,42 +120,26 @@ class Simulation:
                 self.clock.schedule(change[0], "join" if change[1] else "leave", c)
 
     def _pass(self) -> bool:
-        """Do what is due before the next event; whether there is time for that event."""
-        end = float("inf") if self.seconds is None else self.seconds
+        """Evaluate what comes before the next event; whether there is time for that event."""
         following = self.clock.peek() if self.clock else self.clock.now
-        while self.evaluate_seconds and self.mark * self.evaluate_seconds <= min(following, end):
-            self._evaluate(self.mark * self.evaluate_seconds)
-            self.mark += 1
-        if following <= end:
+        if self.seconds is None or following <= self.seconds:
+            self.evaluations.until(following)
             return True
-        if self.evaluate is not None and not (self.evaluate_seconds and (self.mark - 1) * self.evaluate_seconds == end):
-            self._evaluate(end)
-        self.clock.now = end
+        self.evaluations.last(self.seconds)
+        self.clock.now = self.seconds
         return False
-
-    def _evaluate(self, at: float) -> None:
-        """The server's model as it is at second `at`."""
-        if self.evaluate is not None:
-            result = self.evaluate(self.server.method.export(self.server.state))
-            self.ledger.add("eval", t=at, version=self.server.version, **result)
 
     def _settle(self) -> None:
         """Everything of this instant has been heard: evaluate, step, ask."""
         while True:
-            if self.due is not None:
-                self._evaluate(self.clock.now)
-            self.due = None
+            self.evaluations.settle(self.clock.now)
             record = self.server.step()
             if record is None:
                 break
             for job in record.pop("jobs"):
                 self.spool.drop(f"up/{job}")
             self.ledger.add("step", t=self.clock.now, **record, **self.ledger.bytes)
-            v = self.server.version
-            turn = v - self.server.method.prelude
-            regular = self.evaluate_seconds is None and turn > 0 and turn % self.evaluate_every == 0
-            if self.evaluate is not None and (self.server.finished or regular):
-                self.due = v
+            self.evaluations.stepped()
         for job in self.server.poll():
             self._send(job)
             self.quiet = 0
@@ -326,8 +311,7 @@ class Simulation:
             "memory": self.memory,
             "downlink": self.downlink.state_dict(),
             "quiet": self.quiet,
-            "due": self.due,
-            "mark": self.mark,
+            "evaluations": self.evaluations.state_dict(),
             "events": self.events,
             "begun": self.begun,
             "ledger": self.ledger.state_dict(),
@@ -343,7 +327,8 @@ class Simulation:
         self.flights = restore(saved["flights"])
         self.queues, self.memory = saved["queues"], saved["memory"]
         self.downlink.load_state_dict(saved["downlink"])
-        self.quiet, self.due, self.mark = saved["quiet"], saved["due"], saved["mark"]
+        self.quiet = saved["quiet"]
+        self.evaluations.load_state_dict(saved["evaluations"])
         self.events, self.begun = saved["events"], saved["begun"]
         for client, queue in self.queues.items():
             if queue:

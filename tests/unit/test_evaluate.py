@@ -177,7 +177,7 @@ def test_a_run_stopped_in_an_evaluation_resumes_to_the_same_bits(n: int) -> None
             w.trainer.view.place(params)
             return heldout(w.trainer.view.model, data, pad, batch_size=2, interrupted=interrupted)
 
-        w.simulation.evaluate, w.simulation.due = evaluate, 0
+        w.simulation.evaluations.measure, w.simulation.evaluations.due = evaluate, True
         w.simulation.ledger.listener = lines.append
         return w, lines
 
@@ -186,7 +186,7 @@ def test_a_run_stopped_in_an_evaluation_resumes_to_the_same_bits(n: int) -> None
     cut, before = world(After(n))
     with pytest.raises(Interrupted):
         cut.simulation.run()
-    assert cut.simulation.due == n // 2
+    assert cut.simulation.evaluations.due and cut.simulation.server.version == n // 2
     tensors, skeleton = store.flatten(cut.simulation.state_dict())
     again, after = world(lambda: False)
     again.simulation.load_state_dict(store.unflatten(tensors, json.loads(json.dumps(skeleton))))

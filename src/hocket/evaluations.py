@@ -1,0 +1,69 @@
+"""When a run's model is evaluated: at versions, or at regular seconds; always at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hocket.ledger import Ledger
+from hocket.server import Server
+from hocket.tree import Tree
+
+
+@dataclass
+class Evaluations:
+    """What is measured of the server's model, and when.
+
+    Attributes:
+        measure: metrics of the exported view, or None for never.
+        every: versions of training between evaluations.
+        seconds: virtual seconds between evaluations; given, it replaces `every`.
+        due: the version that is now in force is still to be evaluated.
+        mark: the next evaluation by time is at `mark * seconds`.
+    """
+
+    measure: Callable[[Tree], dict[str, Any]] | None
+    server: Server
+    ledger: Ledger
+    every: int = 1
+    seconds: float | None = None
+    due: bool = False
+    mark: int = 1
+
+    def stepped(self) -> None:
+        """There is a new version."""
+        turn = self.server.version - self.server.method.prelude
+        regular = self.seconds is None and turn > 0 and turn % self.every == 0
+        self.due = regular or self.server.finished
+
+    def settle(self, now: float) -> None:
+        """Evaluate what is due, before the next step."""
+        if self.due:
+            self._record(now)
+        self.due = False
+
+    def until(self, at: float) -> None:
+        """Evaluate at all marks up to second `at`, before what happens then."""
+        while self.seconds and self.mark * self.seconds <= at:
+            self._record(self.mark * self.seconds)
+            self.mark += 1
+
+    def last(self, at: float) -> None:
+        """The run ends at `at` whatever the server says; it is evaluated there once."""
+        self.until(at)
+        if not (self.seconds and (self.mark - 1) * self.seconds == at):
+            self._record(at)
+
+    def _record(self, at: float) -> None:
+        if self.measure is not None:
+            result = self.measure(self.server.method.export(self.server.state))
+            self.ledger.add("eval", t=at, version=self.server.version, **result)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is due and when."""
+        return {"due": self.due, "mark": self.mark}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.due, self.mark = saved["due"], saved["mark"]
