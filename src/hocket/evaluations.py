@@ -17,6 +17,7 @@ class Evaluations:
 
     Attributes:
         measure: metrics of the exported view, or None for never.
+        measure_last: more metrics, of the last evaluation.
         every: versions of training between evaluations.
         seconds: virtual seconds between evaluations; given, it replaces `every`.
         due: the version that is now in force is still to be evaluated.
@@ -28,6 +29,7 @@ class Evaluations:
     ledger: Ledger
     every: int = 1
     seconds: float | None = None
+    measure_last: Callable[[Tree], dict[str, Any]] | None = None
     due: bool = False
     mark: int = 1
 
@@ -40,7 +42,7 @@ class Evaluations:
     def settle(self, now: float) -> None:
         """Evaluate what is due, before the next step."""
         if self.due:
-            self._record(now)
+            self._record(now, last=self.server.finished)
         self.due = False
 
     def until(self, at: float) -> None:
@@ -50,14 +52,17 @@ class Evaluations:
             self.mark += 1
 
     def last(self, at: float) -> None:
-        """The run ends at `at` whatever the server says; it is evaluated there once."""
-        self.until(at)
-        if not (self.seconds and (self.mark - 1) * self.seconds == at):
-            self._record(at)
+        """The run ends at second `at`, whatever the server says."""
+        while self.seconds and self.mark * self.seconds < at:
+            self.until(self.mark * self.seconds)
+        self._record(at, last=True)
 
-    def _record(self, at: float) -> None:
+    def _record(self, at: float, last: bool = False) -> None:
         if self.measure is not None:
-            result = self.measure(self.server.method.export(self.server.state))
+            params = self.server.method.export(self.server.state)
+            result = self.measure(params)
+            if last and self.measure_last is not None:
+                result |= self.measure_last(params)
             self.ledger.add("eval", t=at, version=self.server.version, **result)
 
     def state_dict(self) -> dict[str, Any]:

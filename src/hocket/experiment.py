@@ -44,7 +44,7 @@ def prepare(recipe: Recipe, tokenizer: Any) -> data.Prepared:
         max_length=d.max_length,
         packing=d.packing, kind=d.partition, clients=recipe.clients.count, column=d.column, alpha=d.alpha,
         clusters=d.clusters, min_rows=d.min_rows, fill=d.fill, limit=d.limit, heldout_limit=d.heldout_limit,
-        packages=d.packages or None, seed=recipe.seed,
+        client_heldout=d.client_heldout, packages=d.packages or None, seed=recipe.seed,
     )  # fmt: skip
 
 
@@ -110,6 +110,21 @@ class Experiment:
                 device=self.view.device, gsm8k_source=e.gsm8k, gsm8k_limit=e.gsm8k_limit, gsm8k_tokens=e.gsm8k_tokens,
                 interrupted=self.trainer.interrupted,
             )  # fmt: skip
+
+    def evaluate_clients(self, params: Tree) -> dict[str, Any]:
+        """`clients`: the loss of the model with `params` on each client's own held-out rows, if it has any."""
+        if not self.data.own:
+            return {}
+        self.trainer.place(params)
+        with autocast(self.view.device, self.trainer.precision):
+            found = [
+                evaluate.heldout(
+                    self.view.model, rows, self.collate, batch_size=self.recipe.evaluation.batch_size,
+                    device=self.view.device, interrupted=self.trainer.interrupted,
+                )
+                for rows in self.data.own
+            ]  # fmt: skip
+        return {"clients": [f["loss"] for f in found]}
 
 
 def setting_of(recipe_toml: str) -> Setting:

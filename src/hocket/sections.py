@@ -49,6 +49,9 @@ class DataSection(Section):
     heldout_fraction: float = Field(0.1, gt=0, lt=1, description="share of rows held out if there is no heldout_source")
     heldout_limit: Annotated[int | None, Field(ge=1, description="most held-out rows")] = None
     limit: Annotated[int | None, Field(ge=1, description="most rows of `source`, drawn by the seed")] = None
+    client_heldout: int = Field(
+        0, ge=0, description="rows of each client kept from training; its own held-out loss is evaluated at the end"
+    )
     fields: dict[str, str] = Field(default_factory=dict, description="role = column, where names differ")
     template: Literal["auto", "chat", "alpaca", "plain"] = Field("auto", description="how a row becomes text")
     max_length: int = Field(256, ge=8, description="tokens of a row; longer ones are cut, keeping an answer token")

@@ -42,6 +42,7 @@ class Simulation:
             `evaluate_every` versions or `evaluate_seconds` seconds if that is given, and last.
         on_event: called after every event, when the state may be saved; may raise `Interrupted`.
         seconds: virtual time after which the run ends even if the server has not finished; None: no limit.
+        evaluate_last: further metrics for the last evaluation.
         catch_up: whether what a client missed before the last version costs time and counts as moved; it is written
             down either way.
     """
@@ -63,13 +64,14 @@ class Simulation:
         catch_up: bool = True,
         seconds: float | None = None,
         evaluate_seconds: float | None = None,
+        evaluate_last: Callable[[Tree], dict[str, Any]] | None = None,
     ) -> None:
         self.server, self.devices, self.steps = server, devices, steps
         self.ledger, self.spool = ledger or Ledger(), spool or Spool()
         self.downlink = Differences(down, server, self.spool) if down.differences else Downlink(down, server)
         self.up, self.executor = up, executor
         self.evaluations = Evaluations(
-            evaluate, server, self.ledger, evaluate_every, evaluate_seconds, due=evaluate_start
+            evaluate, server, self.ledger, evaluate_every, evaluate_seconds, evaluate_last, evaluate_start
         )
         self.on_event, self.catch_up, self.seconds = on_event, catch_up, seconds
         self.clock = Clock()

@@ -20,6 +20,7 @@ from hocket.data import Encoded, collate, encode, load, partition, prepare, rend
 from hocket.data.docstrings import build
 from hocket.data.templates import Unusable
 from hocket.errors import DataError
+from hocket.models.tiny import tiny_tokenizer
 
 ROWS = [{"instruction": f"say {i}", "output": f"answer {i}", "label": i % 3, "source": "abc"[i % 3]} for i in range(30)]
 CHAT = (
@@ -132,14 +133,14 @@ def test_a_module_that_is_one_file_is_a_package_too() -> None:
 def test_loss_is_on_the_answer_and_its_end_only() -> None:
     row = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
     plain, chat = tokenizer(), tokenizer(chat=True)
-    alpaca = render(row, plain, "auto", 400)
+    alpaca = render(row, plain, "auto", 400)[0]
     assert text(plain, answer(alpaca)) == "3</s>"
     assert "### Instruction:\nAdd." in text(plain, alpaca["input_ids"])
     assert "### Input:\n1 and 2" in text(plain, alpaca["input_ids"])
-    talk = render(row, chat, "auto", 400)
+    talk = render(row, chat, "auto", 400)[0]
     assert text(chat, talk["input_ids"]) == "<|user|>Add.\n\n1 and 2<|end|>\n<|assistant|>3<|end|>"
     assert text(chat, answer(talk)) == "3<|end|>"
-    simple = render(row, plain, "plain", 400)
+    simple = render(row, plain, "plain", 400)[0]
     assert text(plain, answer(simple)) == "3</s>"
     for r in (alpaca, talk, simple):
         head = sum(x == -100 for x in r["labels"])
@@ -148,15 +149,15 @@ def test_loss_is_on_the_answer_and_its_end_only() -> None:
 
 def test_text_alone_is_learned_as_a_whole_and_bos_comes_once() -> None:
     t = tokenizer(bos=True)
-    row = render({"text": "hello"}, t, "plain", 50)
+    row = render({"text": "hello"}, t, "plain", 50)[0]
     assert text(t, row["input_ids"]) == "<s>hello</s>"
     assert text(t, answer(row)) == "hello</s>"
-    assert text(t, render({"question": "a", "answer": "b"}, t, "alpaca", 500)["input_ids"]).count("<s>") == 1
+    assert text(t, render({"question": "a", "answer": "b"}, t, "alpaca", 500)[0]["input_ids"]).count("<s>") == 1
 
 
 def test_long_rows_are_cut_but_keep_an_answer_token() -> None:
     t = tokenizer()
-    row = render({"instruction": "q", "output": "x" * 100}, t, "plain", 20)
+    row = render({"instruction": "q", "output": "x" * 100}, t, "plain", 20)[0]
     assert len(row["input_ids"]) == 20
     assert len(answer(row)) == 18
     with pytest.raises(Unusable, match="no room"):
@@ -176,7 +177,7 @@ def test_rows_that_cannot_be_used_are_counted_and_named() -> None:
 
 def test_fields_name_other_columns_and_chat_needs_a_template() -> None:
     t = tokenizer()
-    row = render({"q": "hi", "a": "yo"}, t, "plain", 50, {"instruction": "q", "output": "a"})
+    row = render({"q": "hi", "a": "yo"}, t, "plain", 50, {"instruction": "q", "output": "a"})[0]
     assert text(t, answer(row)) == "yo</s>"
     with pytest.raises(DataError, match="no chat template"):
         render(ROWS[0], t, "chat", 50)
@@ -184,7 +185,7 @@ def test_fields_name_other_columns_and_chat_needs_a_template() -> None:
 
 def test_a_real_tokenizer(stories: Path) -> None:
     t = AutoTokenizer.from_pretrained(stories)
-    row = render({"question": "Who?", "answer": "Lily went to the park."}, t, "plain", 64)
+    row = render({"question": "Who?", "answer": "Lily went to the park."}, t, "plain", 64)[0]
     assert "Lily went to the park." in t.decode(answer(row))
 
 
@@ -298,3 +299,39 @@ def test_prepare_docstrings_splits_by_team() -> None:
     p = prepare("docstrings", tokenizer(), kind="natural", clients=2, packages=["peft", "pydantic"], max_length=1200, heldout_limit=10)
     assert p.names == ["peft", "pydantic"]
     assert len(p.heldout) == 10
+
+
+def test_plain_text_is_a_row_a_paragraph_and_long_ones_come_in_windows(tmp_path: Path) -> None:
+    path = tmp_path / "wiki.raw"
+    lines = ["", " = First = ", "", " one two three ", "", " = = Sub = = ", "", " four ", " = 1 rad / s = ", "", " = Second = ", "", " five "]
+    path.write_text("\n".join(lines) + "\n")
+    rows = load(path)
+    assert rows["text"] == ["one two three", "four", "= 1 rad / s =", "five"]
+    assert rows["section"] == ["First", "First", "First", "Second"]
+    tok = tiny_tokenizer(128, "gpt2")
+    whole = render({"text": "a" * 40}, tok, "plain", 400)[0]["input_ids"]
+    parts = render({"text": "a" * 40}, tok, "plain", 9)
+    assert [p["input_ids"][0] for p in parts[1:]] == [p["input_ids"][-1] for p in parts[:-1]]
+    assert whole == parts[0]["input_ids"] + [t for p in parts[1:] for t in p["input_ids"][1:]]
+    (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\xfe\n")
+    with pytest.raises(DataError, match=r"bad\.txt', line 2.*UTF-8"):
+        load(tmp_path / "bad.txt")
+    (tmp_path / "none.txt").write_text("\n \n")
+    with pytest.raises(DataError, match="holds no text"):
+        load(tmp_path / "none.txt")
+
+
+def test_clients_keep_rows_that_nobody_trains_on(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"{'word ' * (i % 7 + 1)}number {i % 30}" for i in range(60)))
+    tok = tiny_tokenizer(128, "gpt2")
+    options = {"heldout_fraction": 0.1, "clients": 3, "max_length": 16, "seed": 1}
+    plain, split = prepare(str(path), tok, **options), prepare(str(path), tok, client_heldout=4, **options)
+    assert not plain.own
+    assert all(len(o) >= 4 for o in split.own)
+    for before, train, own in zip(plain.clients, split.clients, split.own, strict=True):
+        rows = lambda e: [r["input_ids"] for r in e.plain(range(len(e)))]
+        assert sorted(rows(train) + rows(own)) == sorted(rows(before))
+        assert not {tuple(r) for r in rows(own)} & {tuple(r) for r in rows(train)}
+    with pytest.raises(DataError, match=r"data\.client_heldout: client 0 .* none left"):
+        prepare(str(path), tok, client_heldout=50, **options)

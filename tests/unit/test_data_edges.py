@@ -129,13 +129,13 @@ def test_an_answer_ends_even_if_the_chat_template_has_no_end_mark() -> None:
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    row = render({"instruction": "q", "output": "yes"}, chat, "chat", 200)
+    row = render({"instruction": "q", "output": "yes"}, chat, "chat", 200)[0]
     assert row["input_ids"][-1] == row["labels"][-1] == chat.eos_token_id
 
 
 def test_the_boundary_is_as_the_tokenizer_would_have_it(stories: Path) -> None:
     tok = AutoTokenizer.from_pretrained(stories)
-    row = render({"instruction": "Tell", "output": "Once"}, tok, "alpaca", 400)
+    row = render({"instruction": "Tell", "output": "Once"}, tok, "alpaca", 400)[0]
     answer = [t for t in row["labels"] if t != -100]
     assert tok.decode(answer[:-1]) == "Once"
     assert tok.convert_ids_to_tokens(answer)[0] == "O"  # no space where the text has none

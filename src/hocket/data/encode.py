@@ -80,12 +80,13 @@ def encode(
     dataset: Any, tokenizer: Any, *, task: str = "causal", template: str = "auto", max_length: int = 256,
     fields: Mapping[str, str] | None = None, classes: Sequence[str] | None = None,
 ) -> tuple[Encoded, list[int], dict[str, list[int]]]:  # fmt: skip
-    """(encoded rows, their numbers in `dataset`, reason -> numbers of rows that cannot be used).
+    """(encoded rows, their numbers in `dataset`, reason -> numbers of rows that cannot be used). A long row of text
+    alone is several encoded rows, so its number comes several times.
 
     `classes` are the labels that are text, in the order of their numbers; None takes those of `dataset`. Raises
     `DataError` if no row can be used, or if a label is in no class.
     """
-    out, kept, skipped = [], [], dict[str, list[int]]()
+    out, kept, skipped = list[dict[str, Any]](), list[int](), dict[str, list[int]]()
     fields = fields or {}
     if hasattr(dataset, "column_names"):
         check_fields(fields, dataset.column_names)
@@ -96,8 +97,8 @@ def encode(
             if task == "classification":
                 out.append(_classify(row, tokenizer, max_length, fields, classes or ()))
             else:
-                out.append(render(row, tokenizer, template, max_length, fields))
-            kept.append(i)
+                out += render(row, tokenizer, template, max_length, fields)
+            kept += [i] * (len(out) - len(kept))
         except Unusable as reason:
             skipped.setdefault(str(reason), []).append(i)
     if not out:

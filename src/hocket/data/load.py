@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,15 +14,18 @@ import datasets
 
 from hocket.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+PLAIN = (".txt", ".raw", ".tokens")  # of which the last two are WikiText's
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", *PLAIN)
+HEADING = re.compile(r"(?P<open>(= )+)(?P<title>[^= ](.*[^= ])?)(?P<close>( =)+)")  # " = Title = ", " = = Part = = "
 
 
 def load(source: str | Path, *, split: str = "train", limit: int | None = None) -> datasets.Dataset:
     """Rows of a file, a folder, a hub id, or the built-in `docstrings`.
 
     Args:
-        source: a `.jsonl`, `.jsonl.gz`, `.json` (a list of objects) or `.parquet` file; a folder that holds one named
-            after `split`; `docstrings`; anything else is a hub id, for `datasets.load_dataset`.
+        source: a `.jsonl`, `.jsonl.gz`, `.json` (a list of objects) or `.parquet` file; a `.txt`, `.raw` or `.tokens`
+            file of plain text (see `_text`); a folder that holds one of these named after `split`; `docstrings`;
+            anything else is a hub id, for `datasets.load_dataset`.
         split: "train" or "test" (for a folder or a hub id; the held-out tenth of `docstrings`).
         limit: most rows, from the beginning.
 
@@ -59,6 +63,8 @@ def _in_folder(folder: Path, split: str) -> Path:
 def _file(path: Path, limit: int | None) -> datasets.Dataset:
     if path.stat().st_size == 0:
         raise DataError(f"data file '{path}' is empty")
+    if path.suffix in PLAIN:
+        return _text(path)
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -76,6 +82,31 @@ def _file(path: Path, limit: int | None) -> datasets.Dataset:
         return datasets.Dataset.from_list([{k: r.get(k) for k in columns} for r in rows])
     except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are ValueError and TypeError
         raise DataError(f"data file '{path}'{_odd(numbered, columns)}: a column changes its type: {error}") from error
+
+
+def _text(path: Path) -> datasets.Dataset:
+    """Plain text, a row a line that is not blank, with columns `text` and `section`; the text is kept as it is.
+
+    A heading in WikiText's layout, which stands between blank lines, is no row: the title of an article is the section
+    of all that follows it. Text before the first title, or without any, has the section "".
+    """
+    try:
+        lines = [line.strip() for line in path.read_bytes().decode("utf-8-sig").split("\n")]
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"data file '{path}', line {line}: not UTF-8 (byte {error.start}): {error.reason}") from error
+    except OSError as error:
+        raise DataError(f"data file '{path}' cannot be read: {error}") from error
+    rows, section = [], ""
+    for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False):
+        heading = None if before or after else HEADING.fullmatch(line)  # broken formulas look like one otherwise
+        if heading and len(heading["open"]) == len(heading["close"]):
+            section = heading["title"] if heading["open"] == "= " else section
+        elif line:
+            rows.append({"text": line, "section": section})
+    if not rows:
+        raise DataError(f"data file '{path}' holds no text")
+    return datasets.Dataset.from_list(rows)
 
 
 def _odd(numbered: list[tuple[int, dict[str, Any]]], columns: list[str]) -> str:

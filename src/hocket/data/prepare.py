@@ -28,6 +28,7 @@ class Prepared:
     Attributes:
         clients: encoded rows of each client; together every usable row exactly once.
         heldout: encoded rows that nobody trains on, with their `group` where the set has one.
+        own: for each client, encoded rows of its own that nobody trains on; empty if none were asked for.
         names: what to call each client.
         skipped: reason -> row numbers that cannot be used, in the source.
         summary: for each client its rows and most frequent labels.
@@ -36,6 +37,7 @@ class Prepared:
 
     clients: list[Encoded]
     heldout: Encoded
+    own: list[Encoded]
     names: list[str]
     skipped: dict[str, list[int]]
     summary: list[dict[str, Any]]
@@ -57,7 +59,7 @@ def prepare(
     task: str = "causal", num_labels: int | None = None, template: str = "auto",
     fields: Mapping[str, str] | None = None, max_length: int = 256, packing: bool = False, kind: str = "iid",
     clients: int = 4, column: str | None = None, alpha: float = 0.5, clusters: int = 8, min_rows: int = 1,
-    fill: bool = False, limit: int | None = None, heldout_limit: int | None = None,
+    fill: bool = False, limit: int | None = None, heldout_limit: int | None = None, client_heldout: int = 0,
     packages: Sequence[str] | None = None, seed: int = 0,
 ) -> Prepared:  # fmt: skip
     """Load, hold out, encode, drop what cannot be used, then partition what is left.
@@ -122,10 +124,30 @@ def prepare(
             raise DataError(f"model.num_labels is {num_labels}, but labels go from 0 to {top}; set it to {top + 1}")
     if column in held.column_names:
         heldout = Encoded(heldout.plain(range(len(heldout))), [str(v) for v in held.select(held_kept)[column]])
+    own: list[Encoded] = []
+    for c, part in enumerate(parts if client_heldout else []):
+        alike = [repr(sorted(r.items())) for r in usable.select(part)]
+        kept_out = _held_back(alike, part, client_heldout, generator(seed, "client heldout", c))
+        if len(kept_out) == len(part):
+            raise DataError(f"data.client_heldout: client {c} has {len(part)} rows, none left to train on; lower it")
+        own.append(rows.subset(kept_out))
+        parts[c] = sorted(set(part).difference(kept_out))
     mine = [rows.subset(p) for p in parts]
     if packing:
         mine = [m.packed(max_length) for m in mine]
-    return Prepared(mine, heldout, names, skipped, summary(parts, labels, names), classes)
+    return Prepared(mine, heldout, own, names, skipped, summary(parts, labels, names), classes)
+
+
+def _held_back(texts: Sequence[str], part: Sequence[int], count: int, g: torch.Generator) -> list[int]:
+    """At least `count` encoded rows of a client; equal rows, and all windows of a text, stay on one side."""
+    rows: dict[str, list[int]] = {}
+    for text, i in zip(texts, part, strict=True):
+        rows.setdefault(text, []).append(i)
+    order, out = list(rows), list[int]()
+    for at in torch.randperm(len(order), generator=g).tolist():
+        if len(out) < count:
+            out += rows[order[at]]
+    return sorted(out)
 
 
 def _spread(groups: Sequence[str], limit: int, seed: int) -> list[int]:

@@ -55,12 +55,12 @@ def render(
     template: str = "auto",
     max_length: int = 256,
     fields: Mapping[str, str] | None = None,
-) -> dict[str, list[int]]:
+) -> list[dict[str, list[int]]]:
     """Token ids of a row and their labels: -100 on the prompt, so that the loss is on the answer alone.
 
     The prompt's own tokens are always a prefix: where the tokenizer would join across the boundary, prompt and answer
-    are tokenized apart. A row that has only text (`plain`) is learned as a whole. What is too long is cut on
-    the right.
+    are tokenized apart. What is too long is cut on the right. A row that has only text (`plain`) is learned as a whole:
+    a long one comes in windows, each beginning with the last token of the one before.
 
     Args:
         template: `auto` (the tokenizer's chat template if it has one, else `alpaca`), `chat`, `alpaca`, `plain`.
@@ -102,11 +102,20 @@ def render(
         body = [*body, eos]
     if len(head) >= max_length:
         raise Unusable("prompt leaves no room for the answer")
+    if kind == "plain" and not question:
+        ids = head + body
+        if min(len(ids), max_length) < 2:
+            raise Unusable("nothing to predict")
+        labels, stride = [IGNORE] * len(head) + body, max_length - 1
+        return [
+            {"input_ids": ids[at : at + max_length], "labels": labels[at : at + max_length]}
+            for at in range(0, len(ids) - 1, stride)
+        ]
     ids = (head + body)[:max_length]
     labels = ([IGNORE] * len(head) + body)[: len(ids)]
     if all(label == IGNORE for label in labels[1:]):  # the first token is never predicted
         raise Unusable("nothing to predict")
-    return {"input_ids": ids, "labels": labels}
+    return [{"input_ids": ids, "labels": labels}]
 
 
 def prompt_text(question: str, tokenizer: Any) -> str:
