@@ -226,6 +226,19 @@ def test_a_chain_quantizes_factors_and_leaves_indices_alone() -> None:
     assert torch.equal(kept.bfloat16().float(), short)
 
 
+@pytest.mark.parametrize("subs", [["", ""], ["", "s"], [], ["q"], ["q", "s", "x"]])
+def test_a_chain_whose_parts_are_used_twice_or_never_is_refused(subs: list[str]) -> None:
+    from hocket import wire
+
+    c = built(chain("half", "int8"))
+    blob = c.encode({"w": torch.randn(3, 4)})
+    tree, meta = wire.unpack(blob), wire.Packet(blob).meta
+    meta["tensors"]["w"][1][""][0] = subs
+    meta["tensors"]["w"][1]["more"] = [["q"], "F32"]
+    with pytest.raises(WireError, match="'w' cannot be decoded"):
+        c.decode(wire.pack(tree, meta))["w"]
+
+
 def test_which_codecs_are_for_differences() -> None:
     plain = {"raw", "half", "int8"}
     for name in set(codec.names()) - {"chain", "per_tensor", "feedback"}:

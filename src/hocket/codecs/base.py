@@ -187,10 +187,11 @@ class Chain(Codec):
 
     def unpack(self, parts: Parts, meta: Any) -> Tensor:
         for c, step in zip(reversed(self.codecs), reversed(meta), strict=True):
-            parts = {
-                suffix: c.unpack({sub: parts[".".join(s for s in (suffix, sub) if s)] for sub in subs}, inner)
-                for suffix, (subs, inner) in step.items()
-            }
+            left, parts = dict(parts), {}
+            for suffix, (subs, inner) in step.items():  # each part is used once: none can be made to stand for many
+                parts[suffix] = c.unpack({s: left.pop(".".join(x for x in (suffix, s) if x)) for s in subs}, inner)
+            if left:
+                raise ValueError(f"parts {sorted(left)} belong to nothing")
         return parts[""]
 
     def __str__(self) -> str:
