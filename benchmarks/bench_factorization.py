@@ -1,6 +1,6 @@
 """Exact against randomized factorizations of a 4096 x 4096 matrix at rank 64: seconds, what they lose, GFLOP/s.
 
-Two matrices: one whose singular values fall as 1/i, and noise out of which 16 directions stand. Seconds are the least of
+Two matrices: one whose singular values fall as 1/i, and noise out of which 16 directions stand. Seconds: the least of
 two runs, exact and randomized in turn. GFLOP/s divide `Codec.flops` by seconds, so they judge these formulas.
 Then every codec on an update of all of SmolLM2-135M (eight steps of AdamW on docstrings): its packet's share of the raw
 packet, what is lost, and how long encoding takes; low rank and topk at an equal share of bytes.

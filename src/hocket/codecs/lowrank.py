@@ -213,6 +213,7 @@ class Qrcp(LowRank):
 @codec("cur")
 @dataclass(frozen=True, config=PLAIN)
 class Cur(LowRank):
-    """Columns and rows of the update itself. Its middle factor is ill-conditioned: chain it with no coarse codec."""
+    """Columns and rows of the update itself. Between them stands an inverse: do not chain it with int8 or half, which
+    ruin it where singular values fall steeply."""
 
     kind = factor.CUR
