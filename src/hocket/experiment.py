@@ -108,7 +108,7 @@ class Experiment:
             return evaluate.evaluate(
                 self.view.model, self.tokenizer, self.data.heldout, self.collate, batch_size=e.batch_size,
                 device=self.view.device, gsm8k_source=e.gsm8k, gsm8k_limit=e.gsm8k_limit, gsm8k_tokens=e.gsm8k_tokens,
-                interrupted=self.trainer.interrupted,
+                words=self.data.words, interrupted=self.trainer.interrupted,
             )  # fmt: skip
 
     def evaluate_clients(self, params: Tree) -> dict[str, Any]:

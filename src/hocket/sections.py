@@ -44,7 +44,9 @@ class ModelSection(Section):
 class DataSection(Section):
     """Whose data, and how it is split."""
 
-    source: str = Field(description="file (.jsonl, .jsonl.gz, .parquet), folder, hub id, or the built-in docstrings")
+    source: str = Field(
+        description="file (.jsonl, .jsonl.gz, .json, .parquet; .txt of text alone), folder, hub id, or docstrings"
+    )
     heldout_source: Annotated[str | None, Field(description="held-out rows; none: a share of `source`")] = None
     heldout_fraction: float = Field(0.1, gt=0, lt=1, description="share of rows held out if there is no heldout_source")
     heldout_limit: Annotated[int | None, Field(ge=1, description="most held-out rows")] = None
@@ -54,7 +56,7 @@ class DataSection(Section):
     )
     fields: dict[str, str] = Field(default_factory=dict, description="role = column, where names differ")
     template: Literal["auto", "chat", "alpaca", "plain"] = Field("auto", description="how a row becomes text")
-    max_length: int = Field(256, ge=8, description="tokens of a row; longer ones are cut, keeping an answer token")
+    max_length: int = Field(256, ge=8, description="tokens of a row; longer ones are cut, text alone is split")
     packing: bool = Field(False, description="join rows up to max_length")
     partition: Literal["iid", "dirichlet", "natural", "clusters"] = Field("iid", description="how rows go to clients")
     column: Annotated[str | None, Field(description="label column of dirichlet and natural")] = None

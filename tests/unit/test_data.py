@@ -325,13 +325,55 @@ def test_clients_keep_rows_that_nobody_trains_on(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("\n".join(f"{'word ' * (i % 7 + 1)}number {i % 30}" for i in range(60)))
     tok = tiny_tokenizer(128, "gpt2")
-    options = {"heldout_fraction": 0.1, "clients": 3, "max_length": 16, "seed": 1}
+    options = {"heldout_fraction": 0.1, "clients": 3, "max_length": 128, "seed": 1}
     plain, split = prepare(str(path), tok, **options), prepare(str(path), tok, client_heldout=4, **options)
     assert not plain.own
     assert all(len(o) >= 4 for o in split.own)
     for before, train, own in zip(plain.clients, split.clients, split.own, strict=True):
         rows = lambda e: [r["input_ids"] for r in e.plain(range(len(e)))]
         assert sorted(rows(train) + rows(own)) == sorted(rows(before))
-        assert not {tuple(r) for r in rows(own)} & {tuple(r) for r in rows(train)}
-    with pytest.raises(DataError, match=r"data\.client_heldout: client 0 .* none left"):
+        assert not {tuple(r) for r in rows(own)} & {tuple(r) for c in split.clients for r in rows(c)}
+    assert [(r["rows"], r["heldout"]) for r in split.summary] == [(len(t), len(o)) for t, o in zip(split.clients, split.own, strict=True)]
+    assert len(split.table().columns) == len(plain.table().columns) + 1
+    again = prepare(str(path), tok, client_heldout=4, packing=True, **{**options, "max_length": 64})
+    assert again.own[0].tokens < 64 * len(again.own[0]) and len(again.clients[0]) < again.summary[0]["rows"]  # only the trained are packed
+    with pytest.raises(DataError, match=r"data\.client_heldout: client 0 has \d+ rows, too few to hold 50 out.*data\.min_rows"):
         prepare(str(path), tok, client_heldout=50, **options)
+
+
+def test_a_row_that_a_client_holds_out_is_trained_on_by_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "twice.txt"
+    path.write_text("\n".join(f"number {i % 30}" for i in range(120)))
+    tok = tiny_tokenizer(128, "gpt2")
+    p = prepare(str(path), tok, clients=3, client_heldout=6, seed=1)
+    texts = lambda e: {tuple(r["input_ids"].tolist()) for r in e}
+    assert not set().union(*map(texts, p.own)) & set().union(*map(texts, p.clients))
+    twice = p.skipped["equal to a row that another client holds out"]
+    assert sum(map(len, p.clients)) + sum(map(len, p.own)) + len(twice) == 120 - len(p.heldout)
+    assert prepare(str(path), tok, clients=3, client_heldout=6, seed=1).own[0].plain([0]) == p.own[0].plain([0])
+
+
+def test_words_are_counted_of_text_alone(tmp_path: Path) -> None:
+    path, held, pairs = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.jsonl"
+    path.write_text("one two\nthree\nfour five six\n")
+    held.write_text(" = T = \n\nseven eight\n" + "nine " * 40)
+    pairs.write_text("\n".join(json.dumps(r) for r in ROWS))
+    tok = tiny_tokenizer(128, "gpt2")
+    p = prepare(str(path), tok, heldout_source=str(held), clients=1, max_length=16)
+    assert p.words == 42
+    assert len(p.heldout) > 2  # windows
+    assert prepare(str(pairs), tok, clients=1, template="plain").words is None
+
+
+def test_wikitext_sections_are_articles_and_clients() -> None:
+    folder = Path(__file__).parents[3] / "shared" / "data" / "wikitext2"
+    if not folder.exists():
+        pytest.skip(f"no WikiText-2 at {folder}")
+    rows = load(folder / "wiki.valid.raw")
+    assert len(rows) == 1841
+    assert len(set(rows["section"])) == 60
+    tok = tiny_tokenizer(128, "gpt2")
+    for kind in ("natural", "dirichlet"):
+        p = prepare(str(folder / "wiki.valid.raw"), tok, kind=kind, column="section", clients=8, client_heldout=4, min_rows=8, limit=400)
+        assert all(len(c) for c in p.clients)
+        assert all(len(o) >= 4 for o in p.own)

@@ -15,7 +15,7 @@ from worlds import language, tokens
 from hocket import store
 from hocket.data import Encoded, collate
 from hocket.errors import DataError, Interrupted
-from hocket.evaluate import extract, generate, gsm8k, heldout, wilson
+from hocket.evaluate import evaluate, extract, generate, gsm8k, heldout, wilson
 from hocket.evaluate.loss import _ratio
 from hocket.models.forward import loss_sum
 from hocket.models.tiny import tiny
@@ -53,6 +53,13 @@ def test_heldout_is_the_token_mean_whatever_the_batches(arch: str) -> None:
         assert r["loss_low"] < r["loss"] < r["loss_high"]
         assert set(r["groups"]) == {"a", "b"}
     assert not model.training
+
+
+def test_word_perplexity_is_of_the_same_nats() -> None:
+    model, _ = tiny("gpt2", vocab=64, layers=2, width=16)
+    found = evaluate(model, None, rows(), pad, words=20)
+    assert found["word_perplexity"] == pytest.approx(math.exp(found["loss"] * found["tokens"] / 20))
+    assert "word_perplexity" not in evaluate(model, None, rows(), pad)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])

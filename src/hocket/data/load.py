@@ -93,8 +93,8 @@ def _text(path: Path) -> datasets.Dataset:
     try:
         lines = [line.strip() for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(f"data file '{path}', line {line}: not UTF-8 (byte {error.start}): {error.reason}") from error
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"data file '{path}', line {number}: not UTF-8 (byte {error.start}): {error.reason}") from error
     except OSError as error:
         raise DataError(f"data file '{path}' cannot be read: {error}") from error
     rows, section = [], ""

@@ -14,7 +14,7 @@ from hocket.data import docstrings
 from hocket.data.encode import Encoded, encode, text_labels
 from hocket.data.load import load
 from hocket.data.partition import partition, summary
-from hocket.data.templates import ANSWER, CONTEXT, PROMPT, TEXT, pick
+from hocket.data.templates import ANSWER, CONTEXT, PROMPT, TEXT, alone, pick
 from hocket.errors import DataError
 from hocket.tree import generator
 
@@ -26,13 +26,14 @@ class Prepared:
     """Data, ready for a run.
 
     Attributes:
-        clients: encoded rows of each client; together every usable row exactly once.
+        clients: encoded rows of each client to train on; with `own`, every usable row exactly once.
         heldout: encoded rows that nobody trains on, with their `group` where the set has one.
         own: for each client, encoded rows of its own that nobody trains on; empty if none were asked for.
         names: what to call each client.
         skipped: reason -> row numbers that cannot be used, in the source.
-        summary: for each client its rows and most frequent labels.
+        summary: for each client its rows to train on, most frequent labels, and `heldout` rows of its own, if any.
         classes: labels of a classification that are text; a label's place is its number.
+        words: words of the held-out rows, if they are text alone.
     """
 
     clients: list[Encoded]
@@ -42,12 +43,14 @@ class Prepared:
     skipped: dict[str, list[int]]
     summary: list[dict[str, Any]]
     classes: list[str]
+    words: int | None = None
 
     def table(self) -> Table:
         """The summary, for printing."""
-        table = Table("client", "rows", "tokens", "labels")
+        table = Table("client", "rows", "tokens", "labels", *(["held out"] if self.own else []))
         for row, rows in zip(self.summary, self.clients, strict=True):
-            table.add_row(row["client"], str(row["rows"]), str(rows.tokens), row["labels"])
+            own = [str(row["heldout"])] if self.own else []
+            table.add_row(row["client"], str(row["rows"]), str(rows.tokens), row["labels"], *own)
         for reason, numbers in sorted(self.skipped.items()):
             shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
             table.add_row("not used", str(len(numbers)), "", f"{reason}: rows {shown}")
@@ -65,7 +68,8 @@ def prepare(
     """Load, hold out, encode, drop what cannot be used, then partition what is left.
 
     The held-out rows are those of `heldout_source`, or the built-in share of `docstrings`, or a share drawn by `seed`.
-    Equal rows stay on one side of that draw. Packing joins rows of one client only, and never held-out rows.
+    Equal rows stay on one side of that draw. Then `client_heldout` rows of each client are drawn, and nobody trains on
+    those either. Packing joins rows of one client only, and never held-out rows.
 
     Raises:
         DataError: as `load`, `encode` and `partition` do.
@@ -125,29 +129,48 @@ def prepare(
     if column in held.column_names:
         heldout = Encoded(heldout.plain(range(len(heldout))), [str(v) for v in held.select(held_kept)[column]])
     own: list[Encoded] = []
-    for c, part in enumerate(parts if client_heldout else []):
-        alike = [repr(sorted(r.items())) for r in usable.select(part)]
-        kept_out = _held_back(alike, part, client_heldout, generator(seed, "client heldout", c))
-        if len(kept_out) == len(part):
-            raise DataError(f"data.client_heldout: client {c} has {len(part)} rows, none left to train on; lower it")
-        own.append(rows.subset(kept_out))
-        parts[c] = sorted(set(part).difference(kept_out))
+    if client_heldout:
+        parts, outs, twice = _hold_back([repr(sorted(r.items())) for r in usable], parts, client_heldout, seed)
+        own = [rows.subset(o) for o in outs]
+        if twice:
+            skipped["equal to a row that another client holds out"] = [kept[i] for i in twice]
     mine = [rows.subset(p) for p in parts]
     if packing:
         mine = [m.packed(max_length) for m in mine]
-    return Prepared(mine, heldout, own, names, skipped, summary(parts, labels, names), classes)
+    counts = summary(parts, labels, names)
+    for row, mark in zip(counts, own, strict=bool(own)):
+        row["heldout"] = len(mark)
+    texts = [alone(held[i], fields) for i in dict.fromkeys(held_kept)] if task == "causal" else []
+    words = sum(len(t.split()) for t in texts) if texts and all(texts) else None
+    return Prepared(mine, heldout, own, names, skipped, counts, classes, words)
 
 
-def _held_back(texts: Sequence[str], part: Sequence[int], count: int, g: torch.Generator) -> list[int]:
-    """At least `count` encoded rows of a client; equal rows, and all windows of a text, stay on one side."""
-    rows: dict[str, list[int]] = {}
-    for text, i in zip(texts, part, strict=True):
-        rows.setdefault(text, []).append(i)
-    order, out = list(rows), list[int]()
-    for at in torch.randperm(len(order), generator=g).tolist():
-        if len(out) < count:
-            out += rows[order[at]]
-    return sorted(out)
+def _hold_back(
+    kinds: Sequence[str], parts: Sequence[Sequence[int]], count: int, seed: int
+) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """(rows each client trains on, at least `count` rows it holds out, rows equal to one that another holds out).
+
+    Equal rows, and all windows of a text, are of one kind, and no kind is on both sides.
+    """
+    outs = []
+    for c, part in enumerate(parts):
+        rows: dict[str, list[int]] = {}
+        for i in part:
+            rows.setdefault(kinds[i], []).append(i)
+        order, out = list(rows.values()), list[int]()
+        for at in torch.randperm(len(order), generator=generator(seed, "client heldout", c)).tolist():
+            out += order[at] if len(out) < count else []
+        outs.append(sorted(out))
+    gone = {kinds[i] for out in outs for i in out}
+    left = [[i for i in part if kinds[i] not in gone] for part in parts]
+    for c, (part, out) in enumerate(zip(parts, outs, strict=True)):
+        if len(out) < count or not left[c]:
+            raise DataError(
+                f"data.client_heldout: client {c} has {len(part)} rows, too few to hold {count} out and train on "
+                f"others; lower it, or raise data.min_rows"
+            )
+    used = {i for group in (*left, *outs) for i in group}
+    return left, outs, sorted(i for part in parts for i in part if i not in used)
 
 
 def _spread(groups: Sequence[str], limit: int, seed: int) -> list[int]:

@@ -49,6 +49,13 @@ def pick(row: Mapping[str, Any], role: str, names: tuple[str, ...], fields: Mapp
     return ""
 
 
+def alone(row: Mapping[str, Any], fields: Mapping[str, str]) -> str:
+    """The text of a row that has no instruction and no answer, or ""."""
+    if pick(row, "instruction", PROMPT, fields) or pick(row, "output", ANSWER, fields):
+        return ""
+    return pick(row, "text", TEXT, fields)
+
+
 def render(
     row: Mapping[str, Any],
     tokenizer: Any,
@@ -75,14 +82,13 @@ def render(
     prompt = pick(row, "instruction", PROMPT, fields)
     context = pick(row, "context", CONTEXT, fields)
     answer = pick(row, "output", ANSWER, fields)
-    text = pick(row, "text", TEXT, fields)
     chat = bool(getattr(tokenizer, "chat_template", None))
     if template == "chat" and not chat:
         raise DataError(
             "data.template: 'chat', but the model's tokenizer has no chat template; use 'alpaca' or 'plain'"
         )
     kind = ("chat" if chat else "alpaca") if template == "auto" else template
-    if not prompt and text and not answer:
+    if text := alone(row, fields):
         kind, answer = "plain", text
     if not answer:
         raise Unusable("no answer" if prompt else "no text")

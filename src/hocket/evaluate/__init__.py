@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,14 +26,19 @@ def evaluate(
     gsm8k_source: str | None = None,
     gsm8k_limit: int = 100,
     gsm8k_tokens: int = 256,
+    words: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """All metrics that were asked for, in one flat record (`groups` excepted).
+
+    Rows of text with `words` words in all also get `word_perplexity`, which models with other tokens can be held to.
 
     Raises:
         Interrupted: `interrupted`, asked before every batch and every generated token, said yes.
     """
     out = heldout(model, examples, collate, batch_size=batch_size, device=device, interrupted=interrupted)
+    if words:
+        out["word_perplexity"] = math.exp(min(out["loss"] * out["tokens"] / words, 700.0))
     if gsm8k_source is not None:
         out |= gsm8k(
             model, tokenizer, gsm8k_source, limit=gsm8k_limit, batch_size=batch_size, max_new_tokens=gsm8k_tokens,
