@@ -11,9 +11,9 @@ factors under an asynchronous server. What is sent, and the choices the abstract
     cur    X_r = C U R, U = C^+ X R^+                            r(m+n) + r^2          and 2r indices
 
 Exact: with r = min(m, n) nothing is lost; in the Frobenius norm pca errs no more than svd, and svd no more than qrcp.
-Approximate: everything else. A matrix of which most rows are noise, as updates of few steps are, has no small rank;
-`feedback(...)` then sends in later updates what this one left out. Differences only: of whole weights a low rank is
-no model. Weights, not gradients, are factored tensor by tensor; the mean is over rows.
+Approximate: everything else, and randomized factors (see `factor`). An update is as a rule of full rank: `feedback`
+sends later what is left out now. Choices: differences of weights, not weights (of which a low rank is no model) nor
+gradients; tensor by tensor; the mean is over rows; the rank is the user's rule.
 
 What happens to a tensor: vectors, scalars and integers travel as they are; more than two dimensions are seen as first x
 rest; where some rows are zero (embeddings of tokens that nobody met) only the others are factored, and their indices
@@ -71,9 +71,7 @@ class LowRank(Codec):
         return self
 
     def __str__(self) -> str:
-        rule = (
-            f"energy={self.energy}" if self.energy else f"bytes={self.bytes}" if self.bytes else f"{self.rank or RANK}"
-        )
+        rule = next((f"{k}={v}" for k in ("energy", "bytes") if (v := getattr(self, k))), str(self.rank or RANK))
         return f"{self.name}({rule}{'' if self.algorithm == 'auto' else ',' + self.algorithm})"
 
     def pack(self, name: str, x: Tensor, memory: Tree) -> tuple[Parts, Any]:
@@ -98,10 +96,10 @@ class LowRank(Codec):
         """The parts of a matrix. Raises `_Raw` with the reason if it is to be sent as it is."""
         m, n = x.shape
         trials = self._trials(m, n, x.dtype, budget)
-        if not trials or x.is_meta:
-            if trials and self.energy is None:
-                return self.kind.layout(m, n, trials[0][0], wide(x.dtype))
+        if not trials or (x.is_meta and self.energy):  # without values this energy may take them all
             raise _Raw("factors are no smaller")
+        if x.is_meta:
+            return self.kind.layout(m, n, trials[0][0], wide(x.dtype))
         peak = float(x.abs().amax())
         if not 1e-150 < peak < 1e150:  # nan too
             raise _Raw("values that are not finite, or whose squares are not")
