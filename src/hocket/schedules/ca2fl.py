@@ -6,28 +6,26 @@ ICLR 2024, https://openreview.net/forum?id=4aywmeb97I (from its abstract, review
     h_i: client i's last update (0 before),   H = sum_i n_i h_i / sum_i n_i   over *all* clients
     at M arrivals S:   theta <- theta + eta (H + sum_S n_i (Delta_i - h_i) / sum_S n_i),   then h_i <- Delta_i for S
 
-h_i stays fixed within a buffer, so a client that reports twice is not measured against itself. A client's n_i is its
-first update's weight, and that of those not yet heard is taken to be the mean; all 1 is the paper.
+h_i stays fixed within a buffer, so a client that reports twice is not measured against itself. n_i is the weight of a
+client's first update, and of those not yet heard the mean; all 1 is the paper.
 
 `caches = "clients"`: the client keeps h_i and sends C(Delta_i - h_i), and both sides add what was decoded:
     h_i <- h_i + d_i,   H <- H + n_i d_i / sum n,   theta <- theta + eta (H_old + sum_S n_i d_i / sum_S n_i)
 With raw packets this is the same trajectory (a client twice in one buffer excepted) and the server stores nothing of
-its clients; with a lossy codec it is EF21 (Richtarik et al. 2021, https://arxiv.org/abs/2106.05203), which needs no
-other error feedback. A client goes on from its last update that counted (`Job.follows`), so losses do not add up.
-
-`news` is what the differences are divided by: the buffer's weight (as published; SAGA's estimate) or all clients'
-(SAG's: less variance, more delay). With `buffer = 1` and `news = "clients"` every arrival moves the model by the mean
-of everybody's last update: FedFa with one place in the window for each client.
+its clients; with a lossy codec it is EF21 (Richtarik et al. 2021, https://arxiv.org/abs/2106.05203) and needs no other
+feedback. A client goes on from its last update that counted (`Job.follows`), so losses do not add up.
+`news`: what the differences are divided by, the buffer's weight (as published; SAGA's estimate) or all clients' (SAG's:
+less variance, more delay). `buffer = 1` with `news = "clients"` moves the model, on every arrival, by the mean of
+everybody's last update: FedFa with one place in the window for each client.
 Bytes an arrival: the method's. Server memory: 3 d and, with `caches = "server"`, N packets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -62,33 +60,29 @@ class CA2FL(Buffered):
 
     def terms(self, server: Server, batch: list[Update]) -> list[Term]:
         """One term: the whole direction, tensor by tensor."""
-        weights, total = self._weights(server, batch)
-        sums = server.notes.get("sums", {})
+        (weights, total), sums = self._weights(server, batch), server.notes.get("sums", {})
         changes = self._changes(server, batch, weights)
 
         def direction(name: str) -> Tensor:
-            held = [(parts[name], w) for parts, w in changes if name in parts]
+            held = [(tree, w) for tree, w in changes if name in tree]
             divisor = total if self.news == "clients" else sum(w for _, w in held)
-            out = held[0][0]() * (held[0][1] / divisor)
-            for make, w in held[1:]:
-                out.add_(make(), alpha=w / divisor)
+            out = torch.zeros_like(server.state["params"][name])
+            for tree, w in held:
+                out.add_(tree[name], alpha=w / divisor)
             return out.add_(sums[name], alpha=1 / total) if name in sums else out
 
-        names = dict.fromkeys(k for parts, _ in changes for k in parts)
+        names = dict.fromkeys(k for tree, _ in changes for k in tree)
         return [Term(replace(batch[-1], client=-1, payload=Lazy(names, direction)), 1.0, 1.0)]
 
     def remember(self, server: Server, batch: list[Update]) -> list[Update]:
-        weights, _ = self._weights(server, batch)
-        sums = dict(server.notes.get("sums", {}))
+        (weights, _), sums = self._weights(server, batch), dict(server.notes.get("sums", {}))
         last = batch if self.carries else list({u.client: u for u in batch}.values())
-        for parts, w in self._changes(server, last, weights):
-            for k, make in parts.items():
-                sums[k] = sums[k] + w * make() if k in sums else w * make()
+        for tree, w in self._changes(server, last, weights):
+            for k in tree:
+                sums[k] = torch.add(sums[k], tree[k], alpha=w) if k in sums else w * tree[k]
         server.notes = {"sums": sums, "weights": weights}
-        if self.carries:
-            return []
-        every, effect = [*server.kept, *batch], server.method.effect
-        newest = {(u.client, k): u.job for u in every for k in effect(u.payload)}
+        every = [] if self.carries else [*server.kept, *batch]
+        newest = {(u.client, k): u.job for u in every for k in server.method.effect(u.payload)}
         return [u for u in every if u.job in set(newest.values())]
 
     def _weights(self, server: Server, batch: list[Update]) -> tuple[dict[int, float], float]:
@@ -96,19 +90,13 @@ class CA2FL(Buffered):
         known = {u.client: u.weight for u in reversed(batch)} | server.notes.get("weights", {})
         return known, sum(known.values()) / len(known) * len(server.clients)
 
-    def _changes(
-        self, server: Server, batch: list[Update], weights: dict[int, float]
-    ) -> list[tuple[dict[str, Callable[[], Tensor]], float]]:
-        """For each update: how to make Delta_i - h_i of each tensor, and the client's weight."""
-        effect, clients = server.method.effect, {u.client for u in batch}
-        kept = [(u.client, effect(u.payload)) for u in server.kept if u.client in clients and not self.carries]
-        last = {(c, k): tree for c, tree in kept for k in tree}
+    def _changes(self, server: Server, batch: list[Update], weights: dict[int, float]) -> list[tuple[Lazy, float]]:
+        """For each update: Delta_i - h_i, each tensor when it is asked for, and the client's weight."""
+        effect = server.method.effect
+        last = {(u.client, k): tree for u in server.kept for tree in [effect(u.payload)] for k in tree}
 
-        def change(new: Mapping[str, Tensor], old: Mapping[str, Tensor] | None, name: str) -> Tensor:
-            return new[name] if old is None else new[name] - old[name]
-
-        out: list[tuple[dict[str, Callable[[], Tensor]], float]] = []
-        for u in batch:
+        def tree(u: Update) -> Lazy:
             new = effect(u.payload)
-            out.append(({k: partial(change, new, last.get((u.client, k)), k) for k in new}, weights[u.client]))
-        return out
+            return Lazy(new, lambda k: new[k] - last[u.client, k][k] if (u.client, k) in last else new[k])
+
+        return [(tree(u), weights[u.client]) for u in batch]

@@ -9,7 +9,7 @@ delta form was not found, so both readings are offered).
     delta:  theta <- theta + eta c sum_{window} Delta / Q     (each Delta acts Q times; c = 1 or 1/Q: in all 1 or 1/Q)
     start:  wait for Q arrivals, then step on each;  or a window filled with the start model
 
-No staleness weight. A tensor's window holds the last Q results that have it, which matters where clients send parts.
+No staleness weight. A tensor's window holds the last Q results that have it, where clients send parts of the model.
 Bytes an arrival: the method's. Server memory: Q packets; in the model form also the versions they started from.
 Exact: Q = N with equal speeds: the first full window is FedAvg's round; Q = 1 in the model form is FedAsync with
 alpha = 1. It is biased toward fast clients, who have more of the window (see `ca2fl`).
@@ -62,42 +62,33 @@ class FedFa(Async):
         return super().takes(server)[: self.window if self.start == "wait" and not server.kept else 1]
 
     def terms(self, server: Server, batch: list[Update]) -> list[Term]:
-        names = dict.fromkeys(k for u in batch for k in self._tree(server, u))  # other tensors' windows did not move
+        names = {k for u in batch for k in self._tree(server, u)}  # other tensors' windows did not move
         factor = 1 / self.window if self.form == "delta" and self.total_weight == "1/Q" else 1.0
         held: Counter[str] = Counter()
         terms = []
-        for u, mine in self._window(server, batch):
-            mine = [k for k in mine if k in names]
+        for u, live in self._window(server, batch):
+            mine = [k for k in live if k in names]
             held.update(mine)
             part = replace(u, payload=Lazy(mine, self._tree(server, u).__getitem__))
             terms.append(Term(server.against(part) if self.anchored else part, factor * u.weight, u.weight))
         if self.start == "fill":
-            short: dict[int, list[str]] = {}
-            for k in names:
-                short.setdefault(self.window - held[k], []).append(k)
-            for count, rest in sorted(short.items()):
-                if count:
-                    weight = count * batch[0].weight
-                    terms.append(Term(replace(batch[0], payload=self._blank(server, rest)), weight, weight))
+            for count in sorted({self.window - held[k] for k in names} - {0}):
+                rest, weight = [k for k in names if self.window - held[k] == count], count * batch[0].weight
+                zero = Lazy(rest, lambda k: torch.zeros_like(server.state["params"][k]))
+                blank = server.difference(rest, server.method.prelude) if self.anchored else zero
+                terms.append(Term(replace(batch[0], payload=blank), weight, weight))
         return terms
 
     def remember(self, server: Server, batch: list[Update]) -> list[Update]:
         return [u for u, _ in self._window(server, batch)]
 
     def pins(self, server: Server) -> set[int]:
-        if not self.anchored or self.start == "wait":
-            return set()
-        held = Counter(k for _, mine in self._window(server, []) for k in mine)
-        return {server.method.prelude} if any(held[k] < self.window for k in server.state["params"]) else set()
+        held = Counter(k for _, live in self._window(server, []) for k in live)
+        short = self.anchored and self.start == "fill" and any(held[k] < self.window for k in server.state["params"])
+        return {server.method.prelude} if short else set()
 
     def _tree(self, server: Server, update: Update) -> Mapping[str, Tensor]:
         return server.method.effect(update.payload) if self.anchored else update.payload
-
-    def _blank(self, server: Server, names: list[str]) -> Lazy:
-        """What the start model adds, from places in the window that it still has."""
-        if self.anchored:
-            return server.difference(names, server.method.prelude)
-        return Lazy(names, lambda k: torch.zeros_like(server.state["params"][k]))
 
     def _window(self, server: Server, batch: list[Update]) -> list[tuple[Update, list[str]]]:
         """Updates with those of their tensors of which they are among the last `window`, oldest first."""

@@ -39,11 +39,7 @@ class SAFA(Async):
     """Rounds that close at a quota; the model is the mean of everybody's last one."""
 
     quota: float = Field(default=0.5, gt=0, le=1, description="share C of the clients whose arrival closes a round")
-    tolerance: int = Field(default=5, ge=1, description="rounds tau a client at work may be behind")
-
-    def __post_init__(self) -> None:
-        if self.max_staleness is not None:
-            raise ValueError("max_staleness: safa's bound is `tolerance`; leave it out")
+    max_staleness: int | None = Field(default=5, ge=1, description="rounds tau a client at work may be behind")
 
     @property
     def anchored(self) -> bool:
@@ -54,12 +50,6 @@ class SAFA(Async):
 
     def resting(self, server: Server) -> set[int]:
         return {u.client for u in server.buffer}  # they wait for the round to close
-
-    def late(self, server: Server, update: Update) -> str | None:
-        stale = server.version - update.version
-        return (
-            f"it started {stale} rounds ago; schedule.tolerance is {self.tolerance}" if stale > self.tolerance else None
-        )
 
     def terms(self, server: Server, batch: list[Update]) -> list[Term]:
         """One term: from the model to the mean of the caches, tensor by tensor."""
@@ -87,8 +77,8 @@ class SAFA(Async):
 
     def remember(self, server: Server, batch: list[Update]) -> list[Update]:
         """Everybody's newest result; deprecated clients have the new model instead."""
-        oldest = server.version - self.tolerance
-        gone = {j.client for j in server.outstanding.values() if j.version < oldest}
+        bound = self.max_staleness or server.version
+        gone = {j.client for j in server.outstanding.values() if server.version - j.version > bound}
         synced = server.notes.get("synced", {}) | dict.fromkeys(sorted(gone), server.version)
         newest = {u.client: u for u in [*server.kept, *batch] if u.client not in gone}
         server.notes = {"synced": {c: v for c, v in synced.items() if c not in newest}}
