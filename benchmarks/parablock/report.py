@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 from hocket.compare import table
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from figures import COLOURS, between, line, page, text  # noqa: E402
+
 RESULTS = Path(__file__).parent / "results"
 PAGE, FIGURE = ROOT / "docs" / "parablock.md", ROOT / "docs" / "parablock.svg"
 STUDIES = ("parablock-math", "parablock-alpaca", "parablock-overlap", "parablock-skew")
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A", "#882255", "#117733", "#AA4499")
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 440, 300, 60, 36, 48
 
 
@@ -38,18 +41,6 @@ def memory(result: dict[str, Any]) -> str:
         both = (v["planned_measured_bytes"][part] for part in parts)
         lines.append(f"| {name} | {' | '.join(f'{a / 1e6:.1f} / {b / 1e6:.1f}' for a, b in both)} |")
     return "\n".join(lines)
-
-
-def text(x: float, y: float, body: str, anchor: str = "middle", size: int = 11, **more: str) -> str:
-    """One line of text."""
-    style = "".join(f" {k.replace('_', '-')}='{v}'" for k, v in more.items())
-    return f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' font-size='{size}'{style}>{body}</text>"
-
-
-def line(x1: float, y1: float, x2: float, y2: float, colour: str, opacity: float = 1.0) -> str:
-    """One straight line."""
-    at = f"x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}'"
-    return f"<line {at} stroke='{colour}' opacity='{opacity}'/>"
 
 
 def panel(result: dict[str, Any], x0: int, y0: int) -> str:
@@ -84,29 +75,19 @@ def panel(result: dict[str, Any], x0: int, y0: int) -> str:
     return "".join(out)
 
 
-def between(page: str, key: str, body: str) -> str:
-    """`page` with what stands between the marks of `key` replaced."""
-    start, end = f"<!-- {key} -->", f"<!-- /{key} -->"
-    before, _, rest = page.partition(start)
-    return f"{before}{start}\n{body}\n{end}{rest.partition(end)[2]}"
-
-
 def main() -> None:
     results = {s: json.loads((RESULTS / f"{s}.json").read_text()) for s in STUDIES}
-    page = PAGE.read_text()
+    body = PAGE.read_text()
     for name, result in results.items():
         count = " or ".join(map(str, result["heldout_rows"]))
         note = f"{count} held-out rows, seeds {result['seeds']}, commit {result['git']}."
-        page = between(page, name, f"{table(result)}\n\n{note}")
-    page = between(page, "rates", rates(results["parablock-math"]))
+        body = between(body, name, f"{table(result)}\n\n{note}")
+    body = between(body, "rates", rates(results["parablock-math"]))
     measured = json.loads((ROOT / "benchmarks" / "results" / "memory_plan.json").read_text())
-    page = between(page, "memory", memory(measured))
-    PAGE.write_text(page)
+    body = between(body, "memory", memory(measured))
+    PAGE.write_text(body)
     panels = [panel(r, WIDTH * (i % 2), HEIGHT * (i // 2)) for i, r in enumerate(results.values())]
-    FIGURE.write_text(
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {2 * WIDTH} {2 * HEIGHT}' "
-        f"font-family='system-ui, sans-serif' font-size='13' fill='#808890'>{''.join(panels)}</svg>\n"
-    )
+    FIGURE.write_text(page(2 * WIDTH, 2 * HEIGHT, "".join(panels)))
 
 
 if __name__ == "__main__":

@@ -245,25 +245,39 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float] | None:
 
 def table(result: Mapping[str, Any]) -> str:
     """A study's result, fresh or read from its file, as a Markdown table."""
-    versus = result["versus"]
+    versus, count = result["versus"], len(result["seeds"])
     longest = result["variants"][versus]["virtual_seconds"]
-    lines = [
-        f"| variant | rate | held-out loss, mean ± sd of {len(result['seeds'])} | minus {versus} (95 %) | p "
-        f"| virtual s | ratio | as good as {versus}, virtual s | up MB | down MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+    timed = any(t is not None for v in result["variants"].values() for t in v.get("reached", []))
+    heads = [
+        "variant",
+        "rate",
+        f"held-out loss, mean ± sd of {count}",
+        f"minus {versus} (95 %)",
+        "p",
+        "virtual s",
+        "ratio",
     ]
+    heads += [f"as good as {versus}, virtual s"] * timed + ["up MB", "down MB"]
+    rows = [heads, ["---"] * len(heads)]
     if result["base_loss"] is not None:
-        lines.append(f"| start model | - | {result['base_loss']:.4f} | - | - | - | - | - | - | - |")
+        rows.append(["start model", "-", f"{result['base_loss']:.4f}", *["-"] * (len(heads) - 3)])
     for name, v in result["variants"].items():
         d = v["difference"]
-        apart = f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f}) | {d['p']:.2g}" if d else "- | -"
-        sd = f" ± {v['sd']:.4f}" if v["sd"] is not None else ""
-        lines.append(
-            f"| {name} | {v['rate']:g} | {float(v['loss']):.4f}{sd} | {apart} | {v['virtual_seconds']:.1f} "
-            f"| {v['virtual_seconds'] / longest:.2f} | {_when(v.get('reached', []))} "
-            f"| {v['up_bytes'] / 1e6:.1f} | {v['down_bytes'] / 1e6:.1f} |"
+        rows.append(
+            [
+                name,
+                f"{v['rate']:g}",
+                f"{float(v['loss']):.4f}" + (f" ± {v['sd']:.4f}" if v["sd"] is not None else ""),
+                f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})" if d else "-",
+                f"{d['p']:.2g}" if d else "-",
+                f"{v['virtual_seconds']:.1f}",
+                f"{v['virtual_seconds'] / longest:.2f}",
+                *[_when(v.get("reached", []))] * timed,
+                f"{v['up_bytes'] / 1e6:.1f}",
+                f"{v['down_bytes'] / 1e6:.1f}",
+            ]
         )
-    return "\n".join(lines)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows).replace("| --- ", "|---").replace("---| |", "---|")
 
 
 def _when(reached: Sequence[float | None]) -> str:
