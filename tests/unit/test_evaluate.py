@@ -12,13 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from worlds import language, tokens
 
-from hocket import store
+from hocket import run, store
 from hocket.data import Encoded, collate
 from hocket.errors import DataError, Interrupted
 from hocket.evaluate import evaluate, extract, generate, gsm8k, heldout, wilson
 from hocket.evaluate.loss import _ratio
+from hocket.experiment import Experiment
 from hocket.models.forward import loss_sum
 from hocket.models.tiny import tiny
+from hocket.recipe import parse
 from hocket.tree import digest, generator
 
 
@@ -211,3 +213,24 @@ def test_the_answers_of_the_real_test_set_are_all_read() -> None:
     rows = load(path)
     assert len(rows) == 1319
     assert all(extract(a) is not None for a in rows["answer"])
+
+
+def test_the_last_evaluation_has_each_clients_own_loss(tmp_path: Path) -> None:
+    """The model is the same; a client's number is that of its rows alone, and only the last record has it."""
+    (tmp_path / "a.txt").write_text("\n".join(f"client text number {i} of sixty" for i in range(60)))
+    recipe = parse({
+        "name": "own", "turns": 2, "model": {"source": "tiny:gpt2"}, "method": {"name": "fedavg"},
+        "data": {"source": str(tmp_path / "a.txt"), "client_heldout": 3, "max_length": 64},
+        "clients": {"count": 2}, "training": {"local_steps": 1}, "schedule": {"name": "sync"},
+    })  # fmt: skip
+    run.start(recipe, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    evals = [r for r in records if r["what"] == "eval"]
+    assert [len(r.get("clients", [])) for r in evals] == [0, 0, 2]
+    assert all(r["word_perplexity"] > r["perplexity"] for r in evals)
+    e = Experiment(recipe)
+    found = e.evaluate_clients(e.trainer.start())["clients"]
+    for rows, loss in zip(e.data.own, found, strict=True):
+        assert loss == pytest.approx(heldout(e.view.model, rows, e.collate)["loss"], rel=1e-5)
+    trained = {tuple(r["input_ids"].tolist()) for c in e.data.clients for r in c}
+    assert not trained & {tuple(r["input_ids"].tolist()) for o in e.data.own for r in o}
