@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format bench parablock clean
+.PHONY: help env demo test lint format bench parablock async clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,13 @@ parablock: $(READY)  ## ParaBlock's comparison on SmolLM2, resumable (about two 
 	$(BIN)/python -m hocket models pull smollm2-135m-instruct
 	$(BIN)/python -m hocket compare benchmarks/parablock/*.toml --jobs 2 --results benchmarks/parablock/results
 	$(BIN)/python benchmarks/parablock/report.py
+
+async: $(READY)  ## the asynchronous schedules compared, resumable (about two hours on two cores; see docs/asynchronous.md)
+	$(BIN)/python -m hocket models pull smollm2-135m-instruct
+	$(BIN)/python -m hocket models pull minilm-l6-v2
+	test -f runs/gpt2-small/provenance.json || $(BIN)/python benchmarks/async/train_gpt2.py
+	$(BIN)/python -m hocket compare benchmarks/async/*.toml --jobs 2 --results benchmarks/async/results
+	$(BIN)/python benchmarks/async/report.py
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
