@@ -1,9 +1,9 @@
 """Exact against randomized factorizations of a 4096 x 4096 matrix at rank 64: seconds, what they lose, GFLOP/s.
 
-Two matrices: one whose singular values fall as 1/i, and noise out of which 16 directions stand. Seconds are those of one
-thread's processor, so that other work on the machine does not count. GFLOP/s divide `Codec.flops` by them, and so judge
-these formulas. Then every codec on an update of all of SmolLM2-135M (four steps of AdamW on docstrings): its packet's
-share of the raw packet, what is lost, and seconds of encoding; low rank and topk at an equal share of bytes.
+Two matrices: one whose singular values fall as 1/i, and noise out of which 16 directions stand. Seconds are those of
+one thread's processor, so that other work on the machine does not count. GFLOP/s divide `Codec.flops` by them, and so
+judge these formulas. Then every codec on an update of all of SmolLM2-135M (four steps of AdamW on docstrings): its
+packet's share of the raw packet, what is lost, and seconds of encoding; low rank and topk at an equal share of bytes.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def main() -> None:
     for spectrum in ("decaying", "noise"):
         x = matrix(spectrum, SIZE)
         for name, kind in KINDS.items():
-            (exact, exact_lost), (quick, quick_lost) = timed(kind, x, False), min(timed(kind, x, True) for _ in range(3))
+            exact, exact_lost = timed(kind, x, False)
+            quick, quick_lost = min(timed(kind, x, True) for _ in range(3))
             rows.append(
                 {
                     "codec": name,
