@@ -51,7 +51,8 @@ class Port(Buffered):
 
     def _worth(self, server: Server, update: Update) -> float:
         stale = server.version - update.version
-        cosine = self._cosine(server, update) if stale else 1.0
+        planned = any(x.is_meta for x in server.state["params"].values())  # shapes have no direction
+        cosine = self._cosine(server, update) if stale and not planned else 1.0
         return self.similarity * (1 + cosine) / 2 + self.freshness * self.bound / (stale + self.bound)
 
     def _cosine(self, server: Server, update: Update) -> float:
