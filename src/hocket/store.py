@@ -109,8 +109,9 @@ class Spool:
         self._files.add(key)
 
     def get(self, key: str) -> wire.Packet:
-        """The packet under `key`; on disk it is read tensor by tensor."""
-        return wire.Packet(self._memory[key] if key in self._memory else self._path(key))
+        """The packet under `key`; on disk it is mapped tensor by tensor, for nobody else writes here. It is not
+        verified again: this process made it, or `load` checked it."""
+        return wire.Packet(self._memory[key] if key in self._memory else self._path(key), check=False, mapped=True)
 
     def drop(self, key: str) -> None:
         """Forget `key`."""

@@ -61,6 +61,39 @@ def test_decoded_tensors_do_not_share_memory_with_the_packet() -> None:
     assert torch.equal(packet["b.weight"], TREE["b.weight"])
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_file_cut_short_after_it_was_checked_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool
+) -> None:
+    monkeypatch.setattr(wire, "MAP", 1)
+    path = tmp_path / "x.hkt"
+    wire.write_file(path, TREE)
+    packet = wire.Packet(path, mapped=mapped)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(WireError, match="cut short after"):
+        dict(packet)
+
+
+def test_mapped_tensors_are_the_readers_own_and_outlive_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "MAP", 1)
+    path = tmp_path / "x.hkt"
+    tree = TREE | {"large": torch.randn(70_000, generator=generator(3))}
+    tree["odd"] = torch.ones(3, dtype=torch.uint8)  # what follows is not aligned, and is read
+    tree["z"] = torch.randn(9, generator=generator(4))
+    wire.write_file(path, tree)
+    before = path.read_bytes()
+    packet = wire.Packet(path, mapped=True)
+    out = dict(packet)
+    assert digest(out) == digest(tree)
+    packet["large"].zero_()
+    assert path.read_bytes() == before
+    assert torch.equal(packet["large"], tree["large"])
+    path.unlink()
+    assert digest(out) == digest(tree)
+    view = out.pop("large")[5:7]
+    assert torch.equal(view, tree["large"][5:7])
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_flipped_byte_or_cut_is_noticed(data: st.DataObject) -> None:

@@ -15,7 +15,7 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from hocket.combine import mean
+from hocket.combine import finite, mean, moved
 from hocket.registry import Registry
 from hocket.tree import Tree
 
@@ -218,7 +218,7 @@ class Method:
 
     def own(self, world: Tree, sent: Mapping[str, torch.Tensor]) -> Tree:
         """`world` with one of the client's own updates, still in flight, as the server would add it alone."""
-        return world | {k: world[k] + self.server_lr * sent[k] for k in sent}
+        return world | dict(moved(world, [sent], [1.0], rate=self.server_lr))
 
     def check(self, state: State, update: Update) -> str | None:
         """Why this update cannot be used, or None. The default wants finite deltas of known tensors."""
@@ -226,11 +226,8 @@ class Method:
         for k in update.payload:
             if k not in params:
                 return f"unknown tensor '{k}'"
-            x = update.payload[k]
-            if x.shape != params[k].shape:
-                return f"tensor '{k}' has shape {tuple(x.shape)}, expected {tuple(params[k].shape)}"
-            if not torch.isfinite(x).all():
-                return f"tensor '{k}' holds values that are not finite"
+            if reason := _unlike(update.payload[k], params[k]):  # no name for it: the next is made when it is gone
+                return f"tensor '{k}' {reason}"
         return None
 
     def step(
@@ -242,12 +239,13 @@ class Method:
             weights: of the updates; may be negative.
             shares: what each counts for in the divisor of the mean (see `hocket.combine.mean`); none: its weight.
         """
-        params, slots = dict(state["params"]), dict(state["slots"])
-        for k, delta in mean([u.payload for u in updates], weights, shares):
+        payloads, params = [u.payload for u in updates], state["params"]
+        if self.server_optimizer == "sgd":
+            return state | {"params": params | dict(moved(params, payloads, weights, shares, self.server_lr))}
+        params, slots = dict(params), dict(state["slots"])
+        for k, delta in mean(payloads, weights, shares):
             step, slots[k] = self._server_step(delta, slots.get(k, {}))
             params[k] = params[k] + step.to(params[k].dtype)
-            if not slots[k]:
-                del slots[k]
         return state | {"params": params, "slots": slots}
 
     def export(self, state: State) -> Tree:
@@ -256,8 +254,6 @@ class Method:
 
     def _server_step(self, delta: torch.Tensor, slot: Tree) -> tuple[torch.Tensor, Tree]:
         """The change of one tensor and its optimizer's next memory."""
-        if self.server_optimizer == "sgd":
-            return delta.mul_(self.server_lr), {}
         m = slot.get("m", torch.zeros_like(delta))
         if self.server_optimizer == "momentum":
             m = self.beta1 * m + delta
@@ -279,3 +275,10 @@ class Method:
                 v = v - (1 - self.beta2) * square * torch.sign(v - square)
         keep = {"v": v} if self.server_optimizer == "adagrad" else {"m": m, "v": v}
         return self.server_lr * m / (v.sqrt() + self.tau), keep
+
+
+def _unlike(x: torch.Tensor, like: torch.Tensor) -> str | None:
+    """Why `x` cannot be a delta of `like`, or None."""
+    if x.shape != like.shape:
+        return f"has shape {tuple(x.shape)}, expected {tuple(like.shape)}"
+    return None if finite(x) else "holds values that are not finite"
