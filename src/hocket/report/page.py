@@ -100,6 +100,10 @@ def _one(run: Run) -> str:
         *([(f"catching up, {s['catch_up']}", size(s["catch_up_bytes"]))] if s["catch_up_bytes"] else []),
         ("turns · updates", f"{s['versions']} · {s['updates']}"),
         ("jobs lost", str(s["lost"])),
+        *([("staleness, mean · most", f"{s['staleness']:.1f} · {s['stalest']}")] if s["stalest"] else []),
+        *([("server memory", size(s["server_memory"]))] if s["server_memory"] else []),
+        *([("packets it keeps", size(s["server_packets"]))] if s["server_packets"] else []),
+        *([("tensors no codec made smaller", f"{s['raw_tensors']:,}")] if s["raw_tensors"] else []),
         *([("steps skipped, not finite", str(s["skipped"]))] if s["skipped"] else []),
     ]
     for key in ("accuracy", "gsm8k"):
@@ -166,6 +170,7 @@ def _plain(value: Any) -> Any:
 
 def _clients(run: Run) -> str:
     about = {c["id"]: c for c in run.manifest.get("clients", [])}
+    own = (run.evals[-1] if run.evals else {}).get("clients", [])
     rows = []
     for c, v in sorted(run.clients.items()):
         a = about.get(c, {})
@@ -176,12 +181,14 @@ def _clients(run: Run) -> str:
                 escape(str(a.get("name", c))), f"{a.get('rows', 0):,}", f"{a.get('step_seconds', 0):g} s",
                 f"{a.get('down_mb_s', 0):g} / {a.get('up_mb_s', 0):g} MB/s", f"{v['jobs']:.0f}", f"{v['lost']:.0f}",
                 f"{busy:.0%}", f"{1 - busy:.0%}", size(v["down_bytes"]), size(v["up_bytes"]), f"{v['loss'] / jobs:.3f}",
+                *([f"{own[c]:.3f}"] if own else []),
             ]
         )  # fmt: skip
     if len(rows) > 200:
-        rows = [*rows[:200], [f"and {len(rows) - 200} more", *[""] * 10]]
+        rows = [*rows[:200], [f"and {len(rows) - 200} more", *[""] * (len(rows[0]) - 1)]]
     head = [
         "client", "rows", "step", "link down / up", "jobs", "lost", "computing", "waiting", "down", "up", "train loss",
+        *(["own held-out loss"] if own else []),
     ]  # fmt: skip
     name = run.summary()["name"]
     return f"<h2>Clients of {escape(name)}</h2>" + table(

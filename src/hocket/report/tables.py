@@ -67,6 +67,11 @@ class Run:
             "versions": self.steps[-1]["version"] if self.steps else 0,
             "updates": sum(s["updates"] for s in self.steps),
             "lost": len(self.lost),
+            "staleness": sum(s["staleness"] for s in self.steps) / max(len(self.steps), 1),
+            "stalest": max((s.get("stalest", 0) for s in self.steps), default=0),
+            "server_memory": max((s.get("memory", 0) for s in self.steps), default=0),
+            "server_packets": max((s.get("packets", 0) for s in self.steps), default=0),
+            "raw_tensors": int(sum(c["raw"] for c in self.clients.values())),
             "skipped": int(sum(c["skipped"] for c in self.clients.values())),
             "busy": {c: v["compute"] / self.seconds if self.seconds else 0.0 for c, v in sorted(self.clients.items())},
             "finished": self.finished,
@@ -108,6 +113,7 @@ def read(path: Path, keep: int = 4000) -> Run:
         "steps": 0,
         "down_bytes": 0,
         "up_bytes": 0,
+        "raw": 0,
         **dict.fromkeys(LANES, 0.0),
     }
     with ledger.open("rb") as lines:
@@ -138,6 +144,7 @@ def _take(run: Run, row: dict[str, Any], blank: dict[str, float], keep: int) -> 
             c["skipped"] += row.get("skipped", 0)
         else:
             c[f"{what}_bytes"] += row["bytes"]
+            c["raw"] += row.get("raw", 0)
         if len(run.lanes) < keep:
             run.lanes.append((row["client"], what, row["start"], row["end"], row["turn"], row["bytes"]))
     elif what == "lost":
