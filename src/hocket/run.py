@@ -195,6 +195,7 @@ def _write_manifest(
         {
             "id": i, "name": name, "rows": rows, "step_seconds": d.step_seconds, "down_mb_s": d.down_mb_s,
             "up_mb_s": d.up_mb_s, "latency": d.latency, "local_steps": steps,
+            "heldout": len(experiment.data.own[i]) if experiment.data.own else 0,
         }
         for i, (name, rows, d, steps) in enumerate(
             zip(experiment.data.names, experiment.rows, recipe.devices(), experiment.steps, strict=True)
