@@ -226,7 +226,7 @@ class Server:
         delta = self.method.effect(update.payload)
         back = self.difference(delta, update.version)
         same = {k for k in delta if self.versions[update.version][k] is self.state["params"][k]}
-        return replace(update, payload=Lazy(delta, lambda k: delta[k] if k in same else delta[k] + back[k]))
+        return replace(update, payload=Lazy(delta, lambda k: delta[k] if k in same else back[k].add_(delta[k])))
 
     def difference(self, names: Iterable[str], version: int) -> Lazy:
         """theta_version - theta_now of these tensors, each when it is asked for."""

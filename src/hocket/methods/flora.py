@@ -28,7 +28,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from hocket.combine import Lazy, mean
+from hocket.combine import Lazy, finite, mean
 from hocket.methods.base import PLAIN, Client, Local, State, Update, method
 from hocket.methods.lora import LoRA
 from hocket.tree import Tree, generator
@@ -83,7 +83,7 @@ class FLoRA(LoRA):
             flat = a.ndim == b.ndim == 2
             if not flat or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != tuple(params[m + BASE].shape):
                 return f"'{m}' has factors of shapes {tuple(b.shape)} and {tuple(a.shape)}"
-            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            if not (finite(a) and finite(b)):
                 return f"'{m}' holds values that are not finite"
         rest = _without(sent, {m + x for m in _modules(params) for x in (A, B)})
         return super().check(state, Update(update.job, update.client, update.version, update.turn, rest))

@@ -65,11 +65,11 @@ class SAFA(Async):
             for c in sorted(server.clients):
                 u = caches.get(c)
                 x = server.difference([name], synced[c] if u is None else u.version)[name]
-                x = trees[c][name] + x if c in trees and name in trees[c] else x
+                x = x.add_(trees[c][name]) if c in trees and name in trees[c] else x
                 w = usual if u is None else u.weight
-                out, total = x * w if out is None else out.add_(x, alpha=w), total + w
+                out, total = x.mul_(w) if out is None else out.add_(x, alpha=w), total + w
             assert out is not None  # there are clients
-            return out / total
+            return out.div_(total)
 
         moved = (k for k in server.changed if server.state["params"][k].is_floating_point())
         names = dict.fromkeys([*moved, *(k for tree in trees.values() for k in tree)])
