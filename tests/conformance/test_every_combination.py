@@ -52,10 +52,7 @@ CODECS: dict[str, Any] = {name: {"name": name, **NEEDS.get(name, {})} for name i
 
 def possible(meth: str, sched: str) -> bool:
     s = schedule.build(SCHEDULES[sched])
-    try:
-        return s.refuses(s.adapt(method.build(METHODS[meth]))) is None
-    except ValueError:  # the method has no form that the schedule could run
-        return False
+    return s.refuses(s.adapt(method.build(METHODS[meth]))) is None
 
 
 PAIRS = [(m, s) for m in METHODS for s in SCHEDULES if possible(m, s)]
