@@ -98,7 +98,7 @@ def work(
     for turn in (t for t in job.own if t in turn_of.values()):
         prefix = f"own/{turn}/"
         world = setting.method.own(world, {k.removeprefix(prefix): v for k, v in keep.items() if k.startswith(prefix)})
-    keep, past = _past(keep, job.follows)
+    keep, past = _past(keep, job.heard, job.follows)
     local = side(setting, job, world, keep, traits)
     update = setting.method.train(local, world)
     known = dict(past)
@@ -118,14 +118,21 @@ def work(
     return Result(blob, keep, weight, local.metrics, setting.codec.work(update), raw)
 
 
-def _past(memory: Tree, follows: int) -> tuple[Tree, Tree]:
-    """(memory without what belongs to updates that did not count, what the sending side knew after visit `follows`)."""
+def _past(memory: Tree, heard: int, follows: int) -> tuple[Tree, Tree]:
+    """(memory without what can never count again, what the sending side knew after visit `follows`). Sets of visits
+    between `heard` and `follows` stay: any of these may still be lost."""
+    counted: dict[str, int] = {}  # by name, the newest visit that is certain
     newest: dict[str, int] = {}
+    kept: Tree = {}
     for key in memory:
-        if key.startswith(SENT):
-            visit, _, name = key.removeprefix(SENT).partition("/")
-            if int(visit) <= follows:
-                newest[name] = max(int(visit), newest.get(name, -1))
-    past = {name: memory[f"{SENT}{visit}/{name}"] for name, visit in newest.items()}
-    keep = {k: v for k, v in memory.items() if not k.startswith(SENT)}
-    return keep | {f"{SENT}{newest[name]}/{name}": v for name, v in past.items()}, past
+        visit, _, name = key.removeprefix(SENT).partition("/") if key.startswith(SENT) else ("", "", key)
+        if not visit:
+            kept[key] = memory[key]
+        elif int(visit) <= heard:
+            counted[name] = max(int(visit), counted.get(name, -1))
+        elif int(visit) <= follows:
+            kept[key] = memory[key]
+            newest[name] = max(int(visit), newest.get(name, -1))
+    newest = counted | newest
+    kept |= {f"{SENT}{v}/{name}": memory[f"{SENT}{v}/{name}"] for name, v in counted.items()}
+    return kept, {name: memory[f"{SENT}{v}/{name}"] for name, v in newest.items()}

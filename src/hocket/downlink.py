@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hocket import wire
 from hocket.codecs import Codec
+from hocket.flight import Flight
 from hocket.methods import Job
 from hocket.server import Server
 from hocket.store import Spool
@@ -32,13 +33,15 @@ class Download:
     """What a job's client computes with, and the encoded bytes that bring it there.
 
     Attributes:
+        view: what it computes with; None if that is in the spool, under `key`.
         bytes: of the whole payload.
         catch_up: of those, what a client that held the version before would not have had to fetch.
     """
 
-    view: Tree
+    view: Tree | None
     bytes: int
     catch_up: int
+    key: str | None = None
 
 
 class Downlink:
@@ -113,58 +116,57 @@ class Differences(Downlink):
     """The server-to-client direction under a codec for differences.
 
     Args:
-        spool: where what each client holds is kept, as `held/<client>/<version>`.
+        spool: where what each client holds is kept, as `held/<client>/<job>`.
+        flights: jobs under way, by id; what they start from is kept.
     """
 
-    def __init__(self, codec: Codec, server: Server, spool: Spool) -> None:
-        self.codec, self.spool = codec, spool
+    def __init__(self, codec: Codec, server: Server, spool: Spool, flights: Mapping[int, Flight]) -> None:
+        self.codec, self.spool, self.flights = codec, spool, flights
         self._start: Tree = dict(server.state["params"])
-        self._held: dict[int, list[int]] = {}  # client -> versions of it that are in the spool
+        self._held: dict[int, dict[int, int]] = {}  # client -> version it was brought to -> the job that did
 
     def send(self, job: Job, server: Server) -> Download:
-        """The view the client has once it holds the payload, and the payload's bytes."""
-        view, size = self._to(job, server, job.since, job.payload)
+        """What the client has once it holds the payload, and the payload's bytes."""
+        view, size = self._to(job, server)
         latest = server.latest(job)
         old = 0 if latest is None else nbytes({k: x for k, x in job.payload.items() if k not in latest})
         less = size * old // max(1, nbytes(job.payload))  # by elements: encoding once more would cost too much
-        if not server.method.rebuilds:
-            self._keep(job, view, server.confirmed.get(job.client, 0))
-        return Download(view, size, less)
+        if any(t.is_meta for t in view.values()):  # a plan: shapes are no load
+            return Download(view, size, less)
+        return Download(None, size, less, self._keep(job, view, server))
 
-    def _to(self, job: Job, server: Server, since: int | None, payload: Tree) -> tuple[Tree, int]:
+    def _to(self, job: Job, server: Server) -> tuple[Tree, int]:
+        method, since, payload = server.method, job.since, job.payload
         if since is None or since < 0:  # there is nothing to take a difference to
-            return server.method.load({}, payload), wire.size(payload)
+            return method.load({}, payload), wire.size(payload)
         base: Mapping[str, Tensor] = self._start
-        if since in self._held.get(job.client, []) and not server.method.rebuilds:
-            base = self.spool.get(f"held/{job.client}/{since}")
-        want: Mapping[str, Tensor] = server.method.send(server.state, server.clients[job.client], job.version)
+        if since in self._held.get(job.client, {}) and not method.rebuilds:
+            base = self.spool.get(f"held/{job.client}/{self._held[job.client][since]}")
+        want: Mapping[str, Tensor] = method.send(server.state, server.clients[job.client], job.version)
         names = [k for k in payload if k in want]
         if len(names) < len(payload):  # the method has a shorter way from version to version; here its end is sent
             names = [k for k in want if server.changed.get(k, 0) > since or k in payload]
-        elif server.method.rebuilds:
+        elif method.rebuilds:
             want = payload
         news = {k: want[k] - base[k] if want[k].is_floating_point() else want[k] for k in names}
         blob = self.codec.encode(news)
         found = self.codec.decode(blob)
         moved = {k: base[k] + found[k] if want[k].is_floating_point() else found[k] for k in names}
-        size = self.codec.size(news) if self._planned(news) else len(blob)
+        size = self.codec.size(news) if any(t.is_meta for t in news.values()) else len(blob)
         return {k: moved[k] if k in moved else base[k] for k in sorted({*base, *moved})}, size
 
-    def _keep(self, job: Job, view: Tree, confirmed: int) -> None:
-        """Remember what the client will hold, and what it held since the last download it has for certain."""
-        if self._planned(view):
-            return
-        versions = self._held.setdefault(job.client, [])
-        for old in [v for v in versions if v < confirmed and v != job.since]:
-            versions.remove(old)
-            self.spool.drop(f"held/{job.client}/{old}")
-        if job.version not in versions:
-            versions.append(job.version)
-            self.spool.put(f"held/{job.client}/{job.version}", wire.pack(view))
-
-    def _planned(self, tree: Tree) -> bool:
-        """Whether there are no values, as in a plan."""
-        return any(t.is_meta for t in tree.values())
+    def _keep(self, job: Job, view: Tree, server: Server) -> str:
+        """Put what the client will hold where its next difference is taken from; forget what none can be taken to."""
+        held = self._held.setdefault(job.client, {})
+        key = f"held/{job.client}/{job.id}"
+        before = set(held.values())
+        self.spool.put(key, wire.pack(view))
+        held[job.version] = job.id
+        needed = {job.version, job.since, server.confirmed.get(job.client, 0)}
+        self._held[job.client] = {v: j for v, j in held.items() if v in needed or j in self.flights}
+        for gone in before.difference(self._held[job.client].values(), self.flights):
+            self.spool.drop(f"held/{job.client}/{gone}")
+        return key
 
     def state_dict(self) -> dict[str, Any]:
         """What clients hold, but for the spool."""
@@ -173,3 +175,8 @@ class Differences(Downlink):
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Become the downlink that `state_dict` described."""
         self._start, self._held = saved["start"], saved["held"]
+
+
+def make_downlink(codec: Codec, server: Server, spool: Spool, flights: Mapping[int, Flight]) -> Downlink:
+    """The downlink that suits the codec."""
+    return Differences(codec, server, spool, flights) if codec.differences else Downlink(codec, server)

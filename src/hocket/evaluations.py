@@ -18,6 +18,7 @@ class Evaluations:
     Attributes:
         measure: metrics of the exported view, or None for never.
         measure_last: more metrics, of the last evaluation.
+        end: virtual second at which the run ends if its turns did not; it is evaluated then in any case.
         every: versions of training between evaluations.
         seconds: virtual seconds between evaluations; given, it replaces `every`.
         due: the version that is now in force is still to be evaluated.
@@ -30,8 +31,10 @@ class Evaluations:
     every: int = 1
     seconds: float | None = None
     measure_last: Callable[[Tree], dict[str, Any]] | None = None
+    end: float | None = None
     due: bool = False
     mark: int = 1
+    _seen: tuple[int, dict[str, Any]] | None = None  # what was measured last: a model that did not move is not again
 
     def stepped(self) -> None:
         """There is a new version."""
@@ -47,23 +50,26 @@ class Evaluations:
 
     def until(self, at: float) -> None:
         """Evaluate at all marks up to second `at`, before what happens then."""
-        while self.seconds and self.mark * self.seconds <= at:
+        while self.seconds and self.mark * self.seconds <= at and self.mark * self.seconds != self.end:
             self._record(self.mark * self.seconds)
             self.mark += 1
 
-    def last(self, at: float) -> None:
-        """The run ends at second `at`, whatever the server says."""
-        while self.seconds and self.mark * self.seconds < at:
-            self.until(self.mark * self.seconds)
-        self._record(at, last=True)
+    def last(self) -> float:
+        """The run ends at second `end`, which it gives back, whatever the server says."""
+        assert self.end is not None  # only a run with an end gets here
+        self.until(self.end)
+        self._record(self.end, last=True)
+        return self.end
 
     def _record(self, at: float, last: bool = False) -> None:
         if self.measure is not None:
-            params = self.server.method.export(self.server.state)
-            result = self.measure(params)
+            params, version = self.server.method.export(self.server.state), self.server.version
+            if self._seen is None or self._seen[0] != version:
+                self._seen = version, self.measure(params)
+            result = dict(self._seen[1])
             if last and self.measure_last is not None:
                 result |= self.measure_last(params)
-            self.ledger.add("eval", t=at, version=self.server.version, **result)
+            self.ledger.add("eval", t=at, version=version, **result)
 
     def state_dict(self) -> dict[str, Any]:
         """What is due and when."""

@@ -15,7 +15,7 @@ class Flight:
     """One job's way through its client's three lanes.
 
     Attributes:
-        view: what the client computes with; dropped once it has.
+        view, key: what the client computes with, or where in the spool that is; `view` is dropped once it has.
         bytes, catch_up: of the download, and how many of them (or beside them, if free) are catching up.
         down, compute, up: (start, end) on each lane, in seconds; `compute` can still move while the job waits.
         encode: seconds at the end of `compute` that encoding the packet took.
@@ -38,6 +38,7 @@ class Flight:
     abandoned: bool = False
     encode: float = 0.0
     raw: int = 0
+    key: str | None = None
 
     def uses(self, now: float) -> Iterator[tuple[str, dict[str, Any]]]:
         """What the job used of its lanes until `now`, for the ledger; a lane cut off counts its share of bytes."""

@@ -237,9 +237,8 @@ def _memory(recipe: Recipe, view: views.View, noted: memory.Noted, ahead: int) -
         device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()),
     )  # fmt: skip
     jobs = {c: noted.jobs.get(c, []) for c in range(recipe.clients.count)}
-    return memory.needs(
-        view, jobs, step, ahead, "feedback" in str(recipe.build_codec("up")), t.optimizer_state == "keep"
-    )
+    keeps = recipe.build_codec("up").remembers or recipe.build_schedule().carries
+    return memory.needs(view, jobs, step, ahead, keeps, t.optimizer_state == "keep")
 
 
 def _hollow(like: Tensor) -> Tensor:

@@ -70,11 +70,15 @@ class Recipe(Section):
     def _possible(self) -> Recipe:
         """Refuse what cannot work together before anything is loaded."""
         m, s = self.build_method(), self.build_schedule()
+        own = methods.build(self.method)
+        for key in self.method.keys() - {"name"}:
+            if getattr(own, key) != getattr(m, key):
+                raise ValueError(f"method.{key}: schedule '{s.name}' sets it itself; leave it out here")
         if reason := s.refuses(m):
             raise ValueError(f"schedule: {reason}")
-        if s.carries and "feedback" in str(self.build_codec("up")):
+        if s.carries and self.build_codec("up").remembers:
             raise ValueError("codec.up: what clients send under schedule.caches = 'clients' is feedback already")
-        if not m.increments and "feedback" in str(self.build_codec("up")):
+        if not m.increments and self.build_codec("up").remembers:
             raise ValueError(f"codec.up: '{m.name}' sends new factors each time, to which an old error does not belong")
         if not m.increments and self.training.optimizer_state == "keep":
             raise ValueError(f"training.optimizer_state: '{m.name}' starts new factors each time; use 'reset'")
@@ -93,9 +97,11 @@ class Recipe(Section):
             raise ValueError(f"schedule.cohort: {cohort} clients a turn, but clients.count is {self.clients.count}")
         if getattr(s, "minimum", 1) > (cohort if isinstance(cohort, int) else self.clients.count):
             raise ValueError(f"schedule.minimum: {getattr(s, 'minimum', 1)} arrivals can never come from the cohort")
+        if (getattr(s, "concurrency", None) or 0) > self.clients.count:
+            raise ValueError(f"schedule.concurrency: more clients at work than clients.count = {self.clients.count}")
         if len(self.clients.each) > self.clients.count:
             raise ValueError(f"clients.each: {len(self.clients.each)} entries for {self.clients.count} clients")
-        if "feedback" in str(self.build_codec("down")):
+        if self.build_codec("down").remembers:
             raise ValueError("codec.down: error feedback keeps a model per client on the server; use it in codec.up")
         if self.training.precision != "fp32" and self.model.device == "cpu":
             raise ValueError(f"training.precision: '{self.training.precision}' is for GPUs; use 'fp32' on the CPU")

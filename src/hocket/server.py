@@ -62,6 +62,8 @@ class Server:
         self.kept: list[Update] = []  # updates that it needs again, oldest first
         self.versions: dict[int, Tree] = {}  # views of past versions that something still refers to
         self.heard: dict[int, int] = {}  # the visit of each client's last accepted update
+        self.at_work: dict[int, set[int]] = {}  # ids of `outstanding` by client
+        self.overdue: dict[int, int] = {}  # the job a client may still be at though it is not waited for
         self.silence = 0  # jobs lost or refused since the last accepted update
         self.online: set[int] = set(self.clients)
         self.visits: dict[int, int] = {}
@@ -97,16 +99,16 @@ class Server:
             turns = {j.turn for j in self.outstanding.values() if j.client == client}
             turns |= {u.turn for u in self.buffer if u.client == client}
             own = tuple(sorted(t for t in turns if self.version <= t < turn))
-        pending = [j.visit for j in self.outstanding.values() if j.client == client]
-        follows = max([self.heard.get(client, -1), *pending])
-        patience = self.schedule.at(self).patience
-        job = Job(self.next_id, client, self.version, turn, visit, {}, since, patience, own, follows)
+        heard, patience = self.heard.get(client, -1), self.schedule.at(self).patience
+        follows = max([heard, *(self.outstanding[i].visit for i in self.at_work.get(client, ()))])
+        job = Job(self.next_id, client, self.version, turn, visit, {}, since, patience, own, heard, follows)
         if self.schedule.anchored:
             self.versions[self.version] = self.state["params"]
         self.next_id += 1
         self.visits[client] = visit + 1
         self.held[client] = self.version
         self.outstanding[job.id] = job
+        self.at_work.setdefault(client, set()).add(job.id)
         if (r := self.rounds.get(turn)) is not None:
             r["asked"][client] = r["asked"].get(client, 0) + 1
             r["open"] += 1
@@ -126,9 +128,20 @@ class Server:
     def computed(self, job: Job) -> None:
         """The client has done the job, so it holds the job's payload."""
         self.confirmed[job.client] = max(job.version, self.confirmed.get(job.client, -1))
+        self._free(job)
+
+    def late(self, job: Job) -> None:
+        """The job's update is not waited for any more, but its client may still be at it."""
+        self.lost(job)
+        self.overdue[job.client] = job.id
+
+    def _free(self, job: Job) -> None:
+        if self.overdue.get(job.client) == job.id:
+            del self.overdue[job.client]
 
     def lost(self, job: Job) -> None:
-        """The job's update is not waited for any more."""
+        """The job's update will not come."""
+        self._free(job)
         if self._settle(job.id) is not None:
             self.silence += 1
             self._prune()
@@ -145,9 +158,10 @@ class Server:
         self._settle(job.id)
         if reason := self._unusable(update):
             self.silence += 1
+            self._prune()
             return reason
         self.silence = 0
-        self.heard[job.client] = job.visit
+        self.heard[job.client] = max(job.visit, self.heard.get(job.client, -1))
         self.buffer.append(update)
         if (r := self.rounds.get(update.turn)) is not None:
             r["arrived"] += 1
@@ -167,15 +181,19 @@ class Server:
     def joined(self, client: int) -> None:
         """The client can be asked from now on."""
         self.online.add(client)
-        self.silence = 0
 
     def left(self, client: int) -> list[Job]:
         """The client cannot be reached any more; its open jobs, which the engine should report lost."""
         self.online.discard(client)
+        self.overdue.pop(client, None)
         return [j for j in self.outstanding.values() if j.client == client]
 
     def _settle(self, job: int) -> Job | None:
         settled = self.outstanding.pop(job, None)
+        if settled is not None:
+            self.at_work[settled.client].discard(job)
+            if not self.at_work[settled.client]:
+                del self.at_work[settled.client]
         if settled and (r := self.rounds.get(settled.turn)) is not None:
             r["open"] -= 1
         return settled
@@ -192,7 +210,7 @@ class Server:
         batch = schedule.takes(self)
         taken = {u.job for u in batch}
         staleness = [self.version - u.version for u in batch]
-        terms = schedule.terms(self, batch)
+        terms, held = schedule.terms(self, batch), self.footprint()
         before = self.state.get("params", {})
         self.state = self.method.at(schedule.rate(self, batch)).step(
             self.state, [t.update for t in terms], [t.weight for t in terms], [t.share for t in terms]
@@ -203,7 +221,7 @@ class Server:
                 self.changed[k] = self.version
         self.buffer = [u for u in self.buffer if u.job not in taken]
         self.rounds = {t: r for t, r in self.rounds.items() if t >= self.version}
-        held = taken | {u.job for u in self.kept}
+        known = taken | {u.job for u in self.kept}
         self.kept = schedule.remember(self, batch)
         self.versions[self.version] = self.state.get("params", {})
         self._prune()
@@ -211,13 +229,13 @@ class Server:
         total = sum(w for _, w in losses)
         return {
             "version": self.version,
-            "jobs": sorted(held - {u.job for u in self.kept}),
+            "jobs": sorted(known - {u.job for u in self.kept}),
             "updates": len(batch),
             "weight": sum(t.weight for t in terms),
             "staleness": sum(staleness) / len(staleness),
             "stalest": max(staleness),
             "loss": sum(x * w for x, w in losses) / total if total else None,
-            **self.footprint(),
+            **held,
         }
 
     def against(self, update: Update) -> Update:
@@ -243,8 +261,8 @@ class Server:
             self.versions = {}
 
     def footprint(self) -> dict[str, int]:
-        """What the server holds: past versions, kept updates, the bytes of its tensors (each once), and the bytes of
-        packets it needs again, which an engine may keep on disk."""
+        """What the server holds now: past versions, kept updates, bytes of its tensors (each once), and bytes of the
+        packets it will read, which an engine may keep on disk."""
         seen: dict[int, int] = {}
         trees: list[dict[Any, Any]] = [self.state, self.notes, self.versions]
         while trees:
@@ -266,13 +284,13 @@ class Server:
         return (
             f"turn {self.version}: {asked} jobs asked, {arrived} updates arrived, {self.silence} lost or refused "
             f"since one last counted, {len(self.online)} of {len(self.clients)} clients online, nobody left to ask: "
-            f"lower schedule.minimum, raise schedule.deadline, or mend the clients' loss and online settings"
+            f"lower what the schedule waits for, raise its deadline, or mend the clients' loss and online settings"
         )
 
     # --- saving -------------------------------------------------------------------------------------------------
     PLAIN = (
         "version", "next_id", "rounds", "notes", "versions", "visits", "heard", "held", "confirmed", "changed",
-        "silence",
+        "overdue", "silence",
     )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
@@ -295,6 +313,9 @@ class Server:
         self.state = saved["state"]
         self.online = set(saved["online"])
         self.outstanding = {j["id"]: Job(**{**j, "own": tuple(j["own"])}) for j in saved["outstanding"]}
+        self.at_work = {}
+        for job in self.outstanding.values():
+            self.at_work.setdefault(job.client, set()).add(job.id)
         self.buffer, self.kept = (
             [Update(**u, payload=payload(u["job"])) for u in saved[name]] for name in ("buffer", "kept")
         )

@@ -15,7 +15,7 @@ import torch
 from hocket import wire
 from hocket.clock import Clock, Device, Lane
 from hocket.codecs import Codec
-from hocket.downlink import Differences, Downlink
+from hocket.downlink import make_downlink
 from hocket.errors import Interrupted, RunError
 from hocket.evaluations import Evaluations
 from hocket.executors import Executor, Task
@@ -48,34 +48,22 @@ class Simulation:
     """
 
     def __init__(
-        self,
-        server: Server,
-        devices: Sequence[Device],
-        steps: Sequence[int],
-        down: Codec,
-        up: Codec,
-        executor: Executor,
-        ledger: Ledger | None = None,
-        spool: Spool | None = None,
-        evaluate: Callable[[Tree], dict[str, Any]] | None = None,
-        evaluate_every: int = 1,
-        evaluate_start: bool = True,
-        on_event: Callable[[], None] = lambda: None,
-        catch_up: bool = True,
-        seconds: float | None = None,
-        evaluate_seconds: float | None = None,
-        evaluate_last: Callable[[Tree], dict[str, Any]] | None = None,
-    ) -> None:
+        self, server: Server, devices: Sequence[Device], steps: Sequence[int], down: Codec, up: Codec,
+        executor: Executor, ledger: Ledger | None = None, spool: Spool | None = None,
+        evaluate: Callable[[Tree], dict[str, Any]] | None = None, evaluate_every: int = 1, evaluate_start: bool = True,
+        on_event: Callable[[], None] = lambda: None, catch_up: bool = True, seconds: float | None = None,
+        evaluate_seconds: float | None = None, evaluate_last: Callable[[Tree], dict[str, Any]] | None = None,
+    ) -> None:  # fmt: skip
         self.server, self.devices, self.steps = server, devices, steps
         self.ledger, self.spool = ledger or Ledger(), spool or Spool()
-        self.downlink = Differences(down, server, self.spool) if down.differences else Downlink(down, server)
         self.up, self.executor = up, executor
         self.evaluations = Evaluations(
-            evaluate, server, self.ledger, evaluate_every, evaluate_seconds, evaluate_last, evaluate_start
+            evaluate, server, self.ledger, evaluate_every, evaluate_seconds, evaluate_last, seconds, evaluate_start
         )
         self.on_event, self.catch_up, self.seconds = on_event, catch_up, seconds
         self.clock = Clock()
         self.flights: dict[int, Flight] = {}
+        self.downlink = make_downlink(down, server, self.spool, self.flights)
         self.queues: dict[int, list[int]] = {}  # each client's jobs not yet computed, in order
         self.memory: dict[int, str] = {}  # where in the spool each client's private tensors are
         self.quiet = 0  # joins and leaves since anybody was asked
@@ -127,8 +115,7 @@ class Simulation:
         if self.seconds is None or following <= self.seconds:
             self.evaluations.until(following)
             return True
-        self.evaluations.last(self.seconds)
-        self.clock.now = self.seconds
+        self.clock.now = self.evaluations.last()
         return False
 
     def _settle(self) -> None:
@@ -159,7 +146,14 @@ class Simulation:
             torch.rand((), generator=generator(self.server.seed, "loss", job.id)) < device.loss
         )
         self.flights[job.id] = Flight(
-            replace(job, payload={}), download.view, size, download.catch_up, (start, end), compute, doomed
+            replace(job, payload={}),
+            download.view,
+            size,
+            download.catch_up,
+            (start, end),
+            compute,
+            doomed,
+            key=download.key,
         )
         self.clock.schedule(compute[1], "computed", job.id)
         if job.deadline is not None:
@@ -174,15 +168,16 @@ class Simulation:
         flight = self.flights[self.queues[client][0]]
         if flight.doomed:
             return
-        assert flight.view is not None  # kept until the job is computed
+        view = dict(self.spool.get(flight.key)) if flight.key else flight.view
+        assert view is not None  # kept until the job is computed
         memory = self.spool.get(self.memory[client]) if client in self.memory else None
         info = self.server.clients[client]
-        self.executor.submit(Task(flight.job, flight.view, memory, info.rows, info.traits))
+        self.executor.submit(Task(flight.job, view, memory, info.rows, info.traits))
 
     # --- hearing ------------------------------------------------------------------------------------------------
     def _on_computed(self, key: int) -> None:
         flight = self.flights.get(key)
-        if flight is None or self.clock.now != flight.compute[1]:  # gone, or moved to another time
+        if flight is None or flight.up or self.clock.now != flight.compute[1]:  # gone, done, or at another time
             return
         client, device = flight.job.client, self.devices[flight.job.client]
         if flight.doomed:
@@ -235,18 +230,20 @@ class Simulation:
     def _on_crashed(self, key: int) -> None:
         if (flight := self.flights.pop(key, None)) is not None:
             self._end_lanes(flight)
+            self.server.lost(flight.job)
             if not flight.abandoned:
-                self.server.lost(flight.job)
                 self._lost(flight.job, "injected")
 
     def _on_deadline(self, key: int) -> None:
         flight = self.flights.get(key)
         if flight is not None and not flight.abandoned:
             flight.abandoned = True
-            self.server.lost(flight.job)
             self._lost(flight.job, "deadline")
             if key in self.queues.get(flight.job.client, [])[1:]:
+                self.server.lost(flight.job)
                 self._cancel(key)
+            else:
+                self.server.late(flight.job)
 
     def _cancel(self, key: int) -> None:
         """Drop a job that its client has not begun: nobody wants it, and those behind it start the sooner."""
@@ -326,7 +323,8 @@ class Simulation:
         self.ledger.load_totals(saved["ledger"])
         self.server.load_state_dict(saved["server"], lambda job: self.up.decode(self.spool.get(f"up/{job}")))
         self.clock.load_state_dict(saved["clock"])
-        self.flights = restore(saved["flights"])
+        self.flights.clear()
+        self.flights.update(restore(saved["flights"]))
         self.queues, self.memory = saved["queues"], saved["memory"]
         self.downlink.load_state_dict(saved["downlink"])
         self.quiet = saved["quiet"]

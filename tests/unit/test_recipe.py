@@ -55,7 +55,7 @@ def test_presets_are_points_that_a_recipe_may_change() -> None:
         ({"method": {"layers_per_block": 1}}, r"method\.name: missing"),
         ({"schedule": "sink"}, r"schedule: there is no 'sink'; did you mean 'sync'"),
         ({"schedule": {"name": "overlap", "staleness": -1}}, r"schedule\.staleness"),
-        ({"schedule": "overlap", "method": {"name": "fedavg", "server_optimizer": "adam"}}, r"schedule: 'overlap' needs an additive step"),
+        ({"schedule": "overlap", "method": {"name": "fedavg", "server_optimizer": "adam"}}, r"schedule 'overlap' .* needs an additive step"),
         ({"schedule": {"name": "sync", "cohort": 9}}, r"schedule\.cohort: 9 clients"),
         ({"schedule": {"name": "sync", "cohort": 2, "minimum": 3}}, r"schedule\.minimum: 3"),
         ({"codec": {"up": "in8"}}, r"codec\.up: there is no 'in8'; did you mean 'int8'"),

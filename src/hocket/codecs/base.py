@@ -39,6 +39,11 @@ class Codec:
         return ()
 
     @property
+    def remembers(self) -> bool:
+        """Whether it carries something over from packet to packet, in its sender's memory."""
+        return any(c.remembers for c in self.within)
+
+    @property
     def differences(self) -> bool:
         """Whether it is meant for differences only: it leaves out parts of a tensor that a whole model cannot miss."""
         return any(c.differences for c in self.within)
@@ -243,6 +248,10 @@ class Feedback(Codec):
     @property
     def within(self) -> tuple[Codec, ...]:
         return (self.codec,)
+
+    @property
+    def remembers(self) -> bool:
+        return True
 
     def flops(self, name: str, x: Tensor) -> float:
         return self.codec.flops(name, x)

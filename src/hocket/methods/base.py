@@ -38,8 +38,9 @@ class Job:
             same batches whatever the schedule does with the others.
         payload: the tensors that changed since version `since`; all of them if `since` is None.
         own: this client's earlier turns, beyond `version`, whose updates the server still counts on.
-        follows: the visit of this client's last update that the server has or still counts on, -1 for none: what the
-            client remembers of later ones (error feedback) belongs to updates that never counted.
+        heard, follows: the visits of this client's last update that the server has, and of the last that it has or
+            still counts on; -1 for none. What the client remembers of later ones (error feedback) belongs to updates
+            that never counted.
         deadline: seconds after dispatch at which the server stops waiting; None for never.
     """
 
@@ -52,6 +53,7 @@ class Job:
     since: int | None = None
     deadline: float | None = None
     own: tuple[int, ...] = ()
+    heard: int = -1
     follows: int = -1
 
 
@@ -158,6 +160,11 @@ class Method:
 
     rebuilds: ClassVar[bool] = False
     """Whether clients begin every job at the start model plus what is sent, whatever they held before."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether a client starts from the version its job names, in every part."""
+        return True
 
     @property
     def additive(self) -> bool:

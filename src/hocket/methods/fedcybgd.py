@@ -59,6 +59,10 @@ class FedCyBGD(BlockMethod):
         return self
 
     @property
+    def whole(self) -> bool:
+        return self.download == 1
+
+    @property
     def additive(self) -> bool:
         """What is stored replaces a block, so a client's own update cannot be added ahead of it."""
         return False
@@ -88,8 +92,7 @@ class FedCyBGD(BlockMethod):
         if self.download == 1:  # everybody starts from the server's blocks: what is stored is what is added
             return self._noting(super().step(state, updates, weights, shares), updates)
         params, start = dict(state["params"]), state["start"]
-        # an update of no client is the server's own, made against its blocks
-        drawn = [self._drawn(state, u.version, u.client) if u.client >= 0 else params for u in updates]
+        drawn = [self._drawn(state, u.version, u.client) for u in updates]
         for k, delta in mean([u.payload for u in updates], weights, shares):
             held = [(k in d, w) for u, d, w in zip(updates, drawn, weights, strict=True) if k in u.payload]
             # the share, by weight, of those that started from the server's block and not from the pretrained one

@@ -18,7 +18,6 @@ from hocket.schedules.sync import Sync
 if TYPE_CHECKING:
     from hocket.server import Server
 
-PRELUDE = Sync()  # what a method must know before it trains, it hears from everybody
 SILENCE = 20  # failures in a row, beside five a client, after which nobody is asked any more
 
 
@@ -44,16 +43,16 @@ class Async(Schedule):
         return self.deadline
 
     def at(self, server: Server) -> Schedule:
-        return PRELUDE if server.version < server.method.prelude else self
+        # what a method must know before it trains, it hears from everybody
+        return Sync(deadline=self.deadline) if server.version < server.method.prelude else self
 
     def wants(self, server: Server) -> list[tuple[int, int]]:
         if server.silence > SILENCE + 5 * len(server.clients):
             return []  # nobody gets through: better an error than to ask for ever
-        busy = {j.client for j in server.outstanding.values()}
-        idle = sorted(server.online - busy - self.resting(server))
-        room = min(len(idle), (self.concurrency or len(server.clients)) - len(busy))
+        room = (self.concurrency or len(server.clients)) - len(server.at_work)
         if room <= 0:
             return []
+        idle = sorted(server.online - server.at_work.keys() - server.overdue.keys() - self.resting(server))
         order = server.sample(idle, len(idle), "idle", server.next_id)
         if self.selection == "fair":
             order.sort(key=lambda c: server.visits.get(c, 0))

@@ -50,6 +50,11 @@ class Schedule:
         return False
 
     @property
+    def composes(self) -> bool:
+        """Whether a step adds differences that the server makes of updates and versions, not the updates alone."""
+        return self.anchored
+
+    @property
     def carries(self) -> bool:
         """Whether clients send what changed since their last update that counts, instead of the update."""
         return False
@@ -64,6 +69,10 @@ class Schedule:
             return (
                 f"schedule '{self.name}' with staleness {self.ahead} starts clients from the server's version plus "
                 f"their own updates in flight, which needs an additive step; {method.not_additive}"
+            )
+        if self.composes and not method.whole:
+            return (
+                f"schedule '{self.name}' needs the versions clients started from; '{method.name}' sends parts of them"
             )
         return None
 

@@ -53,6 +53,10 @@ class CA2FL(Buffered):
     def carries(self) -> bool:
         return self.caches == "clients"
 
+    @property
+    def composes(self) -> bool:
+        return True
+
     def refuses(self, method: Method) -> str | None:
         if self.carries and not method.increments:
             return f"schedule.caches: '{method.name}' sends new factors each time; use caches = 'server'"
@@ -72,13 +76,14 @@ class CA2FL(Buffered):
             return out.add_(sums[name], alpha=1 / total) if name in sums else out
 
         names = dict.fromkeys(k for tree, _ in changes for k in tree)
-        return [Term(replace(batch[-1], client=-1, payload=Lazy(names, direction)), 1.0, 1.0)]
+        return [Term(replace(batch[-1], payload=Lazy(names, direction)), 1.0, 1.0)]
 
     def remember(self, server: Server, batch: list[Update]) -> list[Update]:
         (weights, _), sums = self._weights(server, batch), dict(server.notes.get("sums", {}))
-        last = batch if self.carries else list({u.client: u for u in batch}.values())
-        for tree, w in self._changes(server, last, weights):
-            for k in tree:
+        changes = self._changes(server, batch, weights)
+        last = {(u.client, k): i for i, (u, (tree, _)) in enumerate(zip(batch, changes, strict=True)) for k in tree}
+        for i, (u, (tree, w)) in enumerate(zip(batch, changes, strict=True)):
+            for k in (k for k in tree if self.carries or last[u.client, k] == i):
                 sums[k] = torch.add(sums[k], tree[k], alpha=w) if k in sums else w * tree[k]
         server.notes = {"sums": sums, "weights": weights}
         every = [] if self.carries else [*server.kept, *batch]
@@ -97,6 +102,8 @@ class CA2FL(Buffered):
 
         def tree(u: Update) -> Lazy:
             new = effect(u.payload)
-            return Lazy(new, lambda k: new[k] - last[u.client, k][k] if (u.client, k) in last else new[k])
+            wide = lambda x: x.float() if x.element_size() < 4 else x  # noqa: E731  (sums of a whole run)
+            old = lambda k: wide(last[u.client, k][k]) if (u.client, k) in last else 0  # noqa: E731
+            return Lazy(new, lambda k: wide(new[k]) - old(k))
 
         return [(tree(u), weights[u.client]) for u in batch]

@@ -75,11 +75,15 @@ class FADAS(Buffered):
     tau_c: int = Field(default=1, ge=1, description="largest staleness that does not slow the server down")
 
     def adapt(self, method: Method) -> Method:
+        if not method.whole:
+            return method
         return replace(
             method, server_optimizer="amsgrad", server_lr=self.lr, beta1=self.beta1, beta2=self.beta2, tau=self.eps
         )
 
     def refuses(self, method: Method) -> str | None:
+        if not method.whole:
+            return f"schedule 'fadas' has a server optimizer, and '{method.name}' stores parts as they come"
         if method.server_optimizer != "amsgrad":
             return "schedule 'fadas' needs AMSGrad at the server; build the method with schedule.adapt(method)"
         return super().refuses(method)

@@ -9,7 +9,8 @@ delta form was not found, so both readings are offered).
     delta:  theta <- theta + eta c sum_{window} Delta / Q     (each Delta acts Q times; c = 1 or 1/Q: in all 1 or 1/Q)
     start:  wait for Q arrivals, then step on each;  or a window filled with the start model
 
-No staleness weight. A tensor's window holds the last Q results that have it, where clients send parts of the model.
+No staleness weight. A tensor's window holds the last Q results that have it, where clients send parts of the model; a
+first window that was waited for lies in the order of its jobs.
 Bytes an arrival: the method's. Server memory: Q packets; in the model form also the versions they started from.
 Exact: Q = N with equal speeds: the first full window is FedAvg's round; Q = 1 in the model form is FedAsync with
 alpha = 1. It is biased toward fast clients, who have more of the window (see `ca2fl`).
@@ -73,7 +74,8 @@ class FedFa(Async):
             terms.append(Term(server.against(part) if self.anchored else part, factor * u.weight, u.weight))
         if self.start == "fill":
             for count in sorted({self.window - held[k] for k in names} - {0}):
-                rest, weight = [k for k in names if self.window - held[k] == count], count * batch[0].weight
+                rest = [k for k in names if self.window - held[k] == count]
+                weight = count * sum(u.weight for u in [*server.kept, *batch]) / (len(server.kept) + len(batch))
                 zero = Lazy(rest, lambda k: torch.zeros_like(server.state["params"][k]))
                 blank = server.difference(rest, server.method.prelude) if self.anchored else zero
                 terms.append(Term(replace(batch[0], payload=blank), weight, weight))
@@ -84,7 +86,8 @@ class FedFa(Async):
 
     def pins(self, server: Server) -> set[int]:
         held = Counter(k for _, live in self._window(server, []) for k in live)
-        short = self.anchored and self.start == "fill" and any(held[k] < self.window for k in server.state["params"])
+        moved = (k for k in server.changed if server.state["params"][k].is_floating_point())
+        short = self.anchored and self.start == "fill" and any(held[k] < self.window for k in moved)
         return {server.method.prelude} if short else set()
 
     def _tree(self, server: Server, update: Update) -> Mapping[str, Tensor]:

@@ -4,7 +4,7 @@ Su and Li, "How Asynchronous Can Federated Learning Be?", IWQoS 2022, https://do
 (equations as in Plato's example, TL-System/plato, snapshot 2025-10-01).
 
     p_i ~ n_i [lambda_s (1 + cos(Delta_i, theta_now - theta_start)) / 2 + lambda_tau B / (tau_i + B)],  sum p_i = 1
-    theta <- theta + eta sum_S p_i Delta_i   at M arrivals, once nobody at work is more than B versions behind
+    theta <- theta + eta sum_S p_i Delta_i   at M arrivals, once nobody at work is B versions behind
 
 theta_start is the version that the client started from (Plato's code takes the one before last, whatever tau_i). Of a
 fresh update, and where nothing happened since, the cosine is 1. Semi-asynchronous: beyond the bound B the server waits;
@@ -42,8 +42,11 @@ class Port(Buffered):
         return True
 
     def ready(self, server: Server) -> bool:
-        behind = any(server.version - j.version > self.bound for j in server.outstanding.values())
+        behind = any(server.version - j.version >= self.bound for j in server.outstanding.values())
         return super().ready(server) and not behind
+
+    def resting(self, server: Server) -> set[int]:
+        return {u.client for u in server.buffer} if super().ready(server) else set()  # while others are waited for
 
     def terms(self, server: Server, batch: list[Update]) -> list[Term]:
         weights = [u.weight * self._worth(server, u) for u in batch]

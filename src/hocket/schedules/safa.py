@@ -9,8 +9,9 @@ Computers 2021, https://arxiv.org/abs/1910.01355 (equations from its code's page
     tolerable (at work, at most tau rounds behind):  goes on; its result is taken when it comes
     deprecated (further behind):  its cache becomes theta, its late result is refused, and it starts anew
 
-What arrives beyond the quota in the closing instant enters the cache after the aggregation. A deprecated client here
-finishes its useless job before it hears of it. n_i as in `ca2fl`.
+What arrives beyond the quota enters the cache after the aggregation. A deprecated client here finishes its useless job
+before it hears of it. n_i is the weight of a client's newest update, and of those not heard the mean. Caches are per
+tensor: a client that was heard has no say in tensors that it never sent.
 Bytes an arrival: the method's. Server memory: N packets and the versions they started from.
 """
 
@@ -20,6 +21,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -46,43 +48,46 @@ class SAFA(Async):
         return True
 
     def ready(self, server: Server) -> bool:
-        return len(server.buffer) >= math.ceil(self.quota * len(server.clients) - 1e-9)
+        return len(server.buffer) >= self._goal(server)
+
+    def _goal(self, server: Server) -> int:
+        return math.ceil(self.quota * len(server.clients) - 1e-9)
 
     def resting(self, server: Server) -> set[int]:
         return {u.client for u in server.buffer}  # they wait for the round to close
 
     def terms(self, server: Server, batch: list[Update]) -> list[Term]:
         """One term: from the model to the mean of the caches, tensor by tensor."""
-        drafted = batch[: math.ceil(self.quota * len(server.clients) - 1e-9)]
-        caches = {u.client: u for u in [*server.kept, *drafted]}
-        trees = {c: server.method.effect(u.payload) for c, u in caches.items()}
-        usual = sum(u.weight for u in caches.values()) / len(caches)
+        every = [*server.kept, *batch[: self._goal(server)]]
+        trees = {u.job: server.method.effect(u.payload) for u in every}
+        caches = {(u.client, k): u for u in every for k in trees[u.job]}
+        weights = {u.client: u.weight for u in every}
+        usual = sum(weights.values()) / len(weights)
         synced = self._synced(server)
 
         def direction(name: str) -> Tensor:
-            out: Tensor | None = None
-            total = 0.0
+            out, total = torch.zeros_like(server.state["params"][name]), 0.0
             for c in sorted(server.clients):
-                u = caches.get(c)
-                x = server.difference([name], synced[c] if u is None else u.version)[name]
-                x = x.add_(trees[c][name]) if c in trees and name in trees[c] else x
-                w = usual if u is None else u.weight
-                out, total = x.mul_(w) if out is None else out.add_(x, alpha=w), total + w
-            assert out is not None  # there are clients
+                w, u = weights.get(c, usual), caches.get((c, name))
+                total += w
+                if u is not None:
+                    out.add_(server.difference([name], u.version)[name].add_(trees[u.job][name]), alpha=w)
+                elif c not in weights:
+                    out.add_(server.difference([name], synced[c])[name], alpha=w)
             return out.div_(total)
 
-        moved = (k for k in server.changed if server.state["params"][k].is_floating_point())
-        names = dict.fromkeys([*moved, *(k for tree in trees.values() for k in tree)])
-        return [Term(replace(batch[-1], client=-1, payload=Lazy(names, direction)), 1.0, 1.0)]
+        names = dict.fromkeys(k for u in batch[: self._goal(server)] for k in trees[u.job])
+        return [Term(replace(batch[-1], payload=Lazy(names, direction)), 1.0, 1.0)]
 
     def remember(self, server: Server, batch: list[Update]) -> list[Update]:
-        """Everybody's newest result; deprecated clients have the new model instead."""
+        """Everybody's newest results; deprecated clients have the new model instead."""
         bound = self.max_staleness or server.version
         gone = {j.client for j in server.outstanding.values() if server.version - j.version > bound}
+        every = [u for u in [*server.kept, *batch] if u.client not in gone]
+        newest = {(u.client, k): u.job for u in every for k in server.method.effect(u.payload)}
         synced = server.notes.get("synced", {}) | dict.fromkeys(sorted(gone), server.version)
-        newest = {u.client: u for u in [*server.kept, *batch] if u.client not in gone}
-        server.notes = {"synced": {c: v for c, v in synced.items() if c not in newest}}
-        return sorted(newest.values(), key=lambda u: u.job)
+        server.notes = {"synced": {c: v for c, v in synced.items() if c not in {u.client for u in every}}}
+        return [u for u in every if u.job in set(newest.values())]
 
     def pins(self, server: Server) -> set[int]:
         heard = {u.client for u in server.kept}
