@@ -99,11 +99,15 @@ def test_agents_file_is_ten_rules() -> None:
 def test_results_carry_the_commit_they_came_from() -> None:
     results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     assert {r.stem for r in results} == {p.stem.removeprefix("bench_") for p in (ROOT / "benchmarks").glob("bench_*.py")}
-    studies = sorted((ROOT / "benchmarks" / "parablock").glob("*.toml"))
-    compared = sorted((ROOT / "benchmarks" / "parablock" / "results").glob("*.json"))
-    assert {r.stem for r in compared} == {f"parablock-{p.stem}" for p in studies}
+    compared = []
+    for folder in ("parablock", "async"):
+        studies = sorted((ROOT / "benchmarks" / folder).glob("*.toml"))
+        compared += sorted((ROOT / "benchmarks" / folder / "results").glob("*.json"))
+        assert {r.stem for r in compared if r.parent.parent.name == folder} == {
+            tomllib.loads(p.read_text())["study"] for p in studies
+        }
     for path in results + compared:
-        assert re.fullmatch(r"[0-9a-f]{40}\+?", json.loads(path.read_text())["git"]), path
+        assert re.fullmatch(r"[0-9a-f]{40}\+?( [0-9a-f]{40}\+?)*", json.loads(path.read_text())["git"]), path
 
 
 def test_readme_figures_are_those_of_the_results() -> None:

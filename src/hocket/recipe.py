@@ -41,6 +41,11 @@ from hocket.tree import generator
 PRESETS: dict[str, dict[str, Any]] = {
     "parablock": {"method": {"name": "fedbcd"}, "schedule": {"name": "overlap", "staleness": 1}},
     "fedcybgd": {"method": {"name": "fedcybgd"}, "schedule": {"name": "cyclic"}},
+    # the best combination of schedule, codec and feedback that docs/asynchronous.md measures
+    "async": {
+        "schedule": {"name": "fedfa", "window": 4},
+        "codec": {"up": {"name": "feedback", "codec": "int4"}},
+    },
 }
 """Published systems as points in the space; what a recipe sets itself wins."""
 
@@ -186,7 +191,8 @@ def parse(data: Mapping[str, Any]) -> Recipe:
         for section, values in PRESETS[name].items():
             given = filled.get(section, {})
             given = {"name": given} if isinstance(given, str) else given
-            filled[section] = {**values, **given} if given.get("name", values["name"]) == values["name"] else given
+            same = given.get("name", values.get("name")) == values.get("name")
+            filled[section] = {**values, **given} if same else given
     _unknown(filled, Recipe, "")
     try:
         return Recipe.model_validate(filled)

@@ -113,3 +113,13 @@ def test_shipped_recipes_are_right() -> None:
     assert found
     for path in found:
         load(path)
+
+
+def test_preset_async_is_a_schedule_and_a_codec_that_a_recipe_may_override() -> None:
+    base = {"model": {"source": "tiny:llama"}, "data": {"source": "docstrings"}, "method": "fedit", "preset": "async"}
+    r = parse(base)
+    assert r.schedule["name"] == "fedfa"
+    assert str(r.build_codec("up")) == "feedback(int4)"
+    assert str(parse(base | {"codec": {"down": "half"}}).build_codec("up")) == "feedback(int4)"
+    assert str(parse(base | {"codec": {"up": "raw"}}).build_codec("up")) == "raw"
+    assert parse(base | {"schedule": "sync"}).schedule == {"name": "sync"}
