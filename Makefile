@@ -43,6 +43,7 @@ parablock: $(READY)  ## ParaBlock's comparison on SmolLM2, resumable (about two 
 	$(BIN)/python benchmarks/parablock/report.py
 
 async: $(READY)  ## the asynchronous schedules compared, resumable (about two hours on two cores; see docs/asynchronous.md)
+	$(BIN)/python -m hocket models pull smollm2-135m-instruct
 	$(BIN)/python -m hocket models pull minilm-l6-v2
 	test -f runs/gpt2-small/provenance.json || $(BIN)/python benchmarks/async/train_gpt2.py
 	$(BIN)/python -m hocket compare benchmarks/async/*.toml --jobs 2 --results benchmarks/async/results
