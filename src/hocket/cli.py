@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -217,8 +218,9 @@ def methods() -> None:
             for field, _, default, text in fields(cls):
                 console.print(f"    {field} = {default!r}  {text}", markup=False)
     for name, point in PRESETS.items():
-        text = " x ".join(f"{section} {value['name']}" for section, value in point.items())
-        console.print(f"[bold]preset {name}[/]: {text}")
+        console.print(f"[bold]preset {name}[/]: what a recipe with it need not say")
+        for section, value in point.items():
+            console.print(f"    {section} = {json.dumps(value)}", markup=False)
 
 
 @models_app.command("list")

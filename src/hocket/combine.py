@@ -69,6 +69,16 @@ def moved(
         yield name, new.to(params[name].dtype)
 
 
+def difference(then: Mapping[str, Tensor], now: Mapping[str, Tensor], names: Iterable[str]) -> Lazy:
+    """then - now of these tensors, each when it is asked for."""
+    return Lazy(names, lambda k: then[k] - now[k])
+
+
+def against(delta: Mapping[str, Tensor], then: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> Lazy:
+    """(then + delta) - now of delta's tensors, each when it is asked for; delta's own where nothing moved."""
+    return Lazy(delta, lambda k: delta[k] if then[k] is now[k] else (then[k] - now[k]).add_(delta[k]))
+
+
 def wide(x: Tensor) -> Tensor:
     """Half precision as fp32. (torch's own sums of it with a factor depend on the number of threads.)"""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

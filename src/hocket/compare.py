@@ -24,6 +24,7 @@ from scipy import stats
 from hocket.errors import HocketError, Interrupted, RecipeError, RunError
 from hocket.ledger import plain
 from hocket.recipe import Recipe, parse
+from hocket.report.tables import first
 from hocket.study import Study, Variant
 
 Say = Callable[[str], None]
@@ -220,18 +221,6 @@ def summary(study: Study, chosen: Mapping[str, Chosen], runner: Runner) -> dict[
     }  # fmt: skip
 
 
-def first(curve: Sequence[tuple[float, float]], goal: float) -> float | None:
-    """Where a curve of (x, loss) points, joined by lines, first is at most `goal`; None if it never is."""
-    before: tuple[float, float] | None = None
-    for x, y in curve:
-        if y <= goal:
-            if before is None or not math.isfinite(before[1]) or before[1] == y:
-                return x
-            return before[0] + (x - before[0]) * (before[1] - goal) / (before[1] - y)
-        before = x, y
-    return None
-
-
 def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float] | None:
     """Mean of a - b over the same seeds, its 95 % interval and two-sided p; None for fewer than two seeds."""
     d = [x - y for x, y in zip(a, b, strict=True)]
@@ -277,7 +266,7 @@ def table(result: Mapping[str, Any]) -> str:
                 f"{v['down_bytes'] / 1e6:.1f}",
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows).replace("| --- ", "|---").replace("---| |", "---|")
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _when(reached: Sequence[float | None]) -> str:

@@ -48,18 +48,16 @@ class Evaluations:
             self._record(now, last=self.server.finished)
         self.due = False
 
-    def until(self, at: float) -> None:
-        """Evaluate at all marks up to second `at`, before what happens then."""
-        while self.seconds and self.mark * self.seconds <= at and self.mark * self.seconds != self.end:
-            self._record(self.mark * self.seconds)
+    def until(self, at: float) -> float | None:
+        """Evaluate at all marks up to second `at`, before what happens then; where the run ends before that, if so."""
+        end = float("inf") if self.end is None else self.end
+        while self.seconds and (mark := self.mark * self.seconds) <= at and mark < end:
+            self._record(mark)
             self.mark += 1
-
-    def last(self) -> float:
-        """The run ends at second `end`, which it gives back, whatever the server says."""
-        assert self.end is not None  # only a run with an end gets here
-        self.until(self.end)
-        self._record(self.end, last=True)
-        return self.end
+        if at <= end:
+            return None
+        self._record(end, last=True)
+        return end
 
     def _record(self, at: float, last: bool = False) -> None:
         if self.measure is not None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from hocket.clock import Clock
 from hocket.methods import Job
 from hocket.tree import Tree
 
@@ -62,6 +63,17 @@ class Flight:
             else:
                 row["encode"] = min(self.encode, max(0.0, now - end + self.encode)) or None
             yield what, row | (metrics if what == "compute" else {})
+
+
+def requeue(clock: Clock, waiting: Iterable[Flight], latency: float, client: int, end: float) -> None:
+    """Let jobs that wait for their client's processor begin one after the other, once it is free at second `end`."""
+    for later in waiting:
+        start = max(end, later.down[1] + latency)
+        end = start + later.compute[1] - later.compute[0]
+        if (start, end) != later.compute:  # else its event is there already
+            later.compute = start, end
+            clock.schedule(end, "computed", later.job.id)
+    clock.vacate(client, "compute", end)
 
 
 def dump(flights: Iterable[Flight]) -> dict[str, Any]:

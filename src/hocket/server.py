@@ -3,7 +3,7 @@
     poll() -> jobs              whom to ask now, and what to ship to them
     computed(job)               that client has the job's payload for certain
     receive(update) -> refusal  an update is here
-    lost(job)                   that update will not come, or is not waited for any more
+    lost(job), late(job)        that update will not come; is not waited for any more, but its client may be at it
     joined(c), left(c)          a client can or cannot be asked
     step() -> record            the next aggregation, if the schedule is ready for it
 
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hocket.combine import Lazy
+from hocket.combine import against, difference
 from hocket.errors import RecipeError, WireError
 from hocket.methods import Client, Job, Method, State, Update
 from hocket.schedules import Schedule
-from hocket.tree import Tree, generator
+from hocket.tree import Tree, generator, held
 
 
 class Server:
@@ -96,11 +96,11 @@ class Server:
         visit = self.visits.get(client, 0)
         own: tuple[int, ...] = ()
         if self.schedule.ahead:
-            turns = {j.turn for j in self.outstanding.values() if j.client == client}
+            turns = {j.turn for j in self._jobs(client)}
             turns |= {u.turn for u in self.buffer if u.client == client}
             own = tuple(sorted(t for t in turns if self.version <= t < turn))
         heard, patience = self.heard.get(client, -1), self.schedule.at(self).patience
-        follows = max([heard, *(self.outstanding[i].visit for i in self.at_work.get(client, ()))])
+        follows = max([heard, *(j.visit for j in self._jobs(client))])
         job = Job(self.next_id, client, self.version, turn, visit, {}, since, patience, own, heard, follows)
         if self.schedule.anchored:
             self.versions[self.version] = self.state["params"]
@@ -149,7 +149,8 @@ class Server:
             self.held[job.client] = self.confirmed.get(job.client, 0 if self.preloaded else -1)
 
     def receive(self, update: Update) -> str | None:
-        """Take an update in; None, or why it is refused (late, foreign, unusable). A refused one changes nothing."""
+        """Take an update in; None, or why it is refused (late, foreign, unusable). A refused one changes no
+        model and nobody waits for its job any more."""
         job = self.outstanding.get(update.job)
         if job is None:
             return "late: not waited for any more"
@@ -186,7 +187,11 @@ class Server:
         """The client cannot be reached any more; its open jobs, which the engine should report lost."""
         self.online.discard(client)
         self.overdue.pop(client, None)
-        return [j for j in self.outstanding.values() if j.client == client]
+        return self._jobs(client)
+
+    def _jobs(self, client: int) -> list[Job]:
+        """The client's open jobs."""
+        return [self.outstanding[i] for i in sorted(self.at_work.get(client, ()))]
 
     def _settle(self, job: int) -> Job | None:
         settled = self.outstanding.pop(job, None)
@@ -210,7 +215,11 @@ class Server:
         batch = schedule.takes(self)
         taken = {u.job for u in batch}
         staleness = [self.version - u.version for u in batch]
-        terms, held = schedule.terms(self, batch), self.footprint()
+        terms, read = schedule.terms(self, batch), (*self.kept, *self.buffer)
+        holding = {  # past versions, kept updates, bytes of tensors, bytes of packets that an engine may have on disk
+            "versions": sum(1 for v in self.versions if v != self.version), "kept": len(self.kept),
+            "memory": held(self.state, self.notes, self.versions), "packets": sum(u.bytes for u in read),
+        }  # fmt: skip
         before = self.state.get("params", {})
         self.state = self.method.at(schedule.rate(self, batch)).step(
             self.state, [t.update for t in terms], [t.weight for t in terms], [t.share for t in terms]
@@ -235,21 +244,17 @@ class Server:
             "staleness": sum(staleness) / len(staleness),
             "stalest": max(staleness),
             "loss": sum(x * w for x, w in losses) / total if total else None,
-            **held,
+            **holding,
         }
 
     def against(self, update: Update) -> Update:
-        """The update as a whole model's difference to the current one: (theta_start + Delta) - theta_now, for the
-        tensors it moves."""
-        delta = self.method.effect(update.payload)
-        back = self.difference(delta, update.version)
-        same = {k for k in delta if self.versions[update.version][k] is self.state["params"][k]}
-        return replace(update, payload=Lazy(delta, lambda k: delta[k] if k in same else back[k].add_(delta[k])))
+        """The update as a whole model's difference to the current one, for the tensors it moves."""
+        then, delta = self.versions[update.version], self.method.effect(update.payload)
+        return replace(update, payload=against(delta, then, self.state["params"]))
 
-    def difference(self, names: Iterable[str], version: int) -> Lazy:
+    def difference(self, names: Iterable[str], version: int) -> Mapping[str, Tensor]:
         """theta_version - theta_now of these tensors, each when it is asked for."""
-        then, now = self.versions[version], self.state["params"]
-        return Lazy(names, lambda k: then[k] - now[k])
+        return difference(self.versions[version], self.state["params"], names)
 
     def _prune(self) -> None:
         """Forget versions that nothing refers to."""
@@ -259,21 +264,6 @@ class Server:
             self.versions = {v: tree for v, tree in self.versions.items() if v in wanted}
         else:
             self.versions = {}
-
-    def footprint(self) -> dict[str, int]:
-        """What the server holds now: past versions, kept updates, bytes of its tensors (each once), and bytes of the
-        packets it will read, which an engine may keep on disk."""
-        seen: dict[int, int] = {}
-        trees: list[dict[Any, Any]] = [self.state, self.notes, self.versions]
-        while trees:
-            for x in trees.pop().values():
-                if isinstance(x, Tensor):
-                    seen[id(x)] = x.numel() * x.element_size()
-                elif isinstance(x, dict):
-                    trees.append(x)
-        past = sum(1 for v in self.versions if v != self.version)
-        packets = sum(u.bytes for u in (*self.kept, *self.buffer))
-        return {"versions": past, "kept": len(self.kept), "memory": sum(seen.values()), "packets": packets}
 
     @property
     def standstill(self) -> str:

@@ -19,7 +19,7 @@ from hocket.downlink import make_downlink
 from hocket.errors import Interrupted, RunError
 from hocket.evaluations import Evaluations
 from hocket.executors import Executor, Task
-from hocket.flight import Flight, dump, restore
+from hocket.flight import Flight, dump, requeue, restore
 from hocket.ledger import Ledger
 from hocket.methods import Job, Update
 from hocket.server import Server
@@ -60,7 +60,7 @@ class Simulation:
         self.evaluations = Evaluations(
             evaluate, server, self.ledger, evaluate_every, evaluate_seconds, evaluate_last, seconds, evaluate_start
         )
-        self.on_event, self.catch_up, self.seconds = on_event, catch_up, seconds
+        self.on_event, self.catch_up = on_event, catch_up
         self.clock = Clock()
         self.flights: dict[int, Flight] = {}
         self.downlink = make_downlink(down, server, self.spool, self.flights)
@@ -83,7 +83,7 @@ class Simulation:
         while True:
             if not self.clock or self.clock.peek() > self.clock.now:
                 self._settle()
-                if self.server.finished or not self._pass():
+                if self.server.finished or not self._time_left():
                     break
             lonely = not self.flights and self.quiet > PATIENCE + 4 * len(self.devices)
             if lonely or not self.clock:
@@ -109,14 +109,13 @@ class Simulation:
             if change := device.next_change(0.0):
                 self.clock.schedule(change[0], "join" if change[1] else "leave", c)
 
-    def _pass(self) -> bool:
-        """Evaluate what comes before the next event; whether there is time for that event."""
+    def _time_left(self) -> bool:
+        """Evaluate what comes before the next event; whether that event comes before the run's end."""
         following = self.clock.peek() if self.clock else self.clock.now
-        if self.seconds is None or following <= self.seconds:
-            self.evaluations.until(following)
-            return True
-        self.clock.now = self.evaluations.last()
-        return False
+        over = self.evaluations.until(following)
+        if over is not None:
+            self.clock.now = over
+        return over is None
 
     def _settle(self) -> None:
         """Everything of this instant has been heard: evaluate, step, ask."""
@@ -142,19 +141,12 @@ class Simulation:
         start, end = self.clock.occupy(job.client, lane, self.clock.now, size / (device.down_mb_s * 1e6))
         seconds = self.steps[job.client] * device.step_seconds
         compute = self.clock.occupy(job.client, "compute", end + device.latency, seconds)
-        doomed = device.loss > 0 and bool(
-            torch.rand((), generator=generator(self.server.seed, "loss", job.id)) < device.loss
-        )
+        draw = generator(self.server.seed, "loss", job.id)
+        doomed = device.loss > 0 and bool(torch.rand((), generator=draw) < device.loss)
         self.flights[job.id] = Flight(
-            replace(job, payload={}),
-            download.view,
-            size,
-            download.catch_up,
-            (start, end),
-            compute,
-            doomed,
-            key=download.key,
-        )
+            replace(job, payload={}), download.view, size, download.catch_up, (start, end), compute,
+            doomed, key=download.key,
+        )  # fmt: skip
         self.clock.schedule(compute[1], "computed", job.id)
         if job.deadline is not None:
             self.clock.schedule(self.clock.now + job.deadline, "deadline", job.id)
@@ -198,7 +190,7 @@ class Simulation:
         end = self.clock.now + flight.encode
         if flight.encode:  # the processor is busy with it
             flight.compute = flight.compute[0], end
-            self._restart(client, self.queues[client][1:], end)
+            self._requeue(client, self.queues[client][1:], end)
         self.server.computed(flight.job)
         lane: Lane = "up" if device.duplex else "link"
         flight.up = self.clock.occupy(client, lane, end, result.size / (device.up_mb_s * 1e6))
@@ -253,17 +245,10 @@ class Simulation:
         queue = self.queues[client]
         at = queue.index(key)
         queue.remove(key)
-        self._restart(client, queue[at:], self.flights[queue[at - 1]].compute[1])
+        self._requeue(client, queue[at:], self.flights[queue[at - 1]].compute[1])
 
-    def _restart(self, client: int, keys: Sequence[int], end: float) -> None:
-        """Let jobs that wait for their client's processor begin one after the other, the first at `end`."""
-        for later in (self.flights[k] for k in keys):
-            start = max(end, later.down[1] + self.devices[client].latency)
-            end = start + later.compute[1] - later.compute[0]
-            if (start, end) != later.compute:  # else its event is there already
-                later.compute = start, end
-                self.clock.schedule(end, "computed", later.job.id)
-        self.clock.vacate(client, "compute", end)
+    def _requeue(self, client: int, keys: Sequence[int], end: float) -> None:
+        requeue(self.clock, [self.flights[k] for k in keys], self.devices[client].latency, client, end)
 
     def _on_join(self, client: int) -> None:
         self.server.joined(client)

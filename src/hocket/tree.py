@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import xxhash
@@ -23,6 +24,19 @@ def tmap(f: Callable[..., Tensor], *trees: Mapping[str, Tensor]) -> Tree:
 def nbytes(tree: Mapping[str, Tensor]) -> int:
     """Bytes of the elements, in memory."""
     return sum(t.numel() * t.element_size() for t in tree.values())
+
+
+def held(*nested: Mapping[Any, Any]) -> int:
+    """Bytes of all tensors in nested dicts, each tensor once."""
+    seen: dict[int, int] = {}
+    trees = list(nested)
+    while trees:
+        for x in trees.pop().values():
+            if isinstance(x, Tensor):
+                seen[id(x)] = x.numel() * x.element_size()
+            elif isinstance(x, Mapping):
+                trees.append(x)
+    return sum(seen.values())
 
 
 def norm(tree: Mapping[str, Tensor]) -> float:

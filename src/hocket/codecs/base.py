@@ -10,12 +10,12 @@ import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hocket import wire
+from hocket.combine import finite
 from hocket.errors import WireError
 from hocket.registry import Registry
 from hocket.tree import Tree
@@ -263,7 +263,7 @@ class Feedback(Codec):
         x = x + memory[key] if key in memory else x
         parts, meta = self.codec.pack(name, x, memory)
         error = x - self.codec.unpack(parts, meta)
-        if torch.isfinite(error).all():  # one bad update must not spoil all that follow
+        if finite(error):  # one bad update must not spoil all that follow
             memory[key] = error
         else:
             memory.pop(key, None)

@@ -38,6 +38,7 @@ from torch import Tensor
 from hocket.codecs import factor
 from hocket.codecs.base import PLAIN, Codec, Parts, codec
 from hocket.codecs.parts import declared, index, positions, shaped, wide
+from hocket.combine import finite
 from hocket.tree import Tree, generator, nbytes
 
 SMALL = 256  # a matrix with fewer rows or columns is factored exactly: LAPACK takes milliseconds
@@ -115,7 +116,7 @@ class LowRank(Codec):
             except torch.linalg.LinAlgError as error:
                 raise _Raw("LAPACK did not converge") from error
             parts = {k: v.to(wide(x.dtype)) if v.is_floating_point() else v for k, v in parts.items()}
-            if all(torch.isfinite(v).all() for v in parts.values()):
+            if all(finite(v) for v in parts.values()):
                 return parts
             raise _Raw("factors are not finite")
         raise _Raw("factors that keep this energy are no smaller")

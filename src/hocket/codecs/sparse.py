@@ -49,11 +49,11 @@ class Shorter(Codec):
 
     def shorten(self, x: Tensor) -> Parts:
         """The parts of a tensor that is not empty."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define shorten()")
 
     def restore(self, parts: Parts, shape: list[int], dtype: torch.dtype) -> Tensor:
         """The tensor's elements in order. Parts that do not fit `shape` are refused before anything is made of it."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define restore()")
 
 
 @codec("topk")

@@ -98,7 +98,7 @@ def _text(path: Path) -> datasets.Dataset:
     except OSError as error:
         raise DataError(f"data file '{path}' cannot be read: {error}") from error
     rows, section = [], ""
-    for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False):
+    for before, line, after in zip(["", *lines[:-1]], lines, [*lines[1:], ""], strict=True):
         heading = None if before or after else HEADING.fullmatch(line)  # broken formulas look like one otherwise
         if heading and len(heading["open"]) == len(heading["close"]):
             section = heading["title"] if heading["open"] == "= " else section

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,12 +81,24 @@ class Run:
 
     def reached(self, loss: float) -> float | None:
         """Virtual seconds until held-out loss was first at most `loss`; None if it never was."""
-        return next((e["t"] for e in self.evals if e["loss"] <= loss), None)
+        return first(self.curve("t"), loss)
 
     def curve(self, x: str) -> list[tuple[float, float]]:
         """(x, held-out loss) points; x is "version", "t" or "bytes" (cumulative, both directions)."""
         moved = {0: 0.0} | {s["version"]: float(s["down"] + s["up"]) for s in self.steps}
         return [(moved.get(e["version"], 0.0) if x == "bytes" else float(e[x]), e["loss"]) for e in self.evals]
+
+
+def first(curve: Sequence[tuple[float, float]], goal: float) -> float | None:
+    """Where a curve of (x, loss) points, joined by lines, first is at most `goal`; None if it never is."""
+    before: tuple[float, float] | None = None
+    for x, y in curve:
+        if y <= goal:
+            if before is None or not math.isfinite(before[1]):
+                return x
+            return before[0] + (x - before[0]) * (before[1] - goal) / (before[1] - y)
+        before = x, y
+    return None
 
 
 def read(path: Path, keep: int = 4000) -> Run:

@@ -72,8 +72,26 @@ class Async(Schedule):
         return sorted(server.buffer, key=lambda u: u.job)
 
 
-def fade(kind: Literal["constant", "polynomial", "hinge"], a: float, b: float, staleness: int) -> float:
-    """s(tau): 1; (1 + tau)^-a; or 1 up to b and then 1 / (a (tau - b) + 1). Xie et al. 2019, arXiv 1903.03934."""
-    if kind == "polynomial":
-        return float((1 + staleness) ** -a)
-    return 1.0 if kind == "constant" or staleness <= b else 1 / (a * (staleness - b) + 1)
+@dataclass(frozen=True, config=PLAIN)
+class Fading(Async):
+    """Stale updates count less: s(tau) is 1; (1 + tau)^-a; or 1 up to b and then 1 / (a (tau - b) + 1).
+    Xie et al. 2019, arXiv 1903.03934."""
+
+    fading: Literal["constant", "polynomial", "hinge"] = Field(
+        default="polynomial", description="how an update's weight falls with staleness"
+    )
+    a: float = Field(default=0.5, ge=0, description="exponent (polynomial) or slope (hinge; FedAsync's code: 10)")
+    b: float = Field(default=4.0, ge=0, description="staleness at which the hinge begins")
+
+    def discount(self, staleness: int) -> float:
+        if self.fading == "polynomial":
+            return float((1 + staleness) ** -self.a)
+        late = 0 if self.fading == "constant" else max(0, staleness - self.b)
+        return 1 / (self.a * late + 1)
+
+
+def newest(server: Server, updates: list[Update]) -> list[Update]:
+    """Those of `updates`, oldest first, that are their client's last for one of the tensors they move."""
+    last = {(u.client, k): u.job for u in updates for k in server.method.effect(u.payload)}
+    jobs = set(last.values())
+    return [u for u in updates if u.job in jobs]

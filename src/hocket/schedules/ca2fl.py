@@ -30,8 +30,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from hocket.combine import Lazy
+from hocket.combine import Lazy, wide
 from hocket.methods import Method, Update
+from hocket.schedules.asynchronous import newest
 from hocket.schedules.base import PLAIN, Term, schedule
 from hocket.schedules.fedbuff import Buffered
 
@@ -86,9 +87,7 @@ class CA2FL(Buffered):
             for k in (k for k in tree if self.carries or last[u.client, k] == i):
                 sums[k] = torch.add(sums[k], tree[k], alpha=w) if k in sums else w * tree[k]
         server.notes = {"sums": sums, "weights": weights}
-        every = [] if self.carries else [*server.kept, *batch]
-        newest = {(u.client, k): u.job for u in every for k in server.method.effect(u.payload)}
-        return [u for u in every if u.job in set(newest.values())]
+        return [] if self.carries else newest(server, [*server.kept, *batch])
 
     def _weights(self, server: Server, batch: list[Update]) -> tuple[dict[int, float], float]:
         """Each heard client's weight, and that of all clients."""
@@ -102,8 +101,11 @@ class CA2FL(Buffered):
 
         def tree(u: Update) -> Lazy:
             new = effect(u.payload)
-            wide = lambda x: x.float() if x.element_size() < 4 else x  # noqa: E731  (sums of a whole run)
-            old = lambda k: wide(last[u.client, k][k]) if (u.client, k) in last else 0  # noqa: E731
-            return Lazy(new, lambda k: wide(new[k]) - old(k))
+
+            def change(k: str) -> Tensor:  # wide, for these go into sums of a whole run
+                x = wide(new[k])
+                return x - wide(last[u.client, k][k]) if (u.client, k) in last else x
+
+            return Lazy(new, change)
 
         return [(tree(u), weights[u.client]) for u in batch]

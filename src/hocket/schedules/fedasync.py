@@ -13,13 +13,13 @@ Exact: with alpha = 1 and s = 1 it is FedFa's model form with a window of 1. It 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from hocket.methods import Update
-from hocket.schedules.asynchronous import Async, fade
+from hocket.schedules.asynchronous import Fading
 from hocket.schedules.base import PLAIN, Term, schedule
 
 if TYPE_CHECKING:
@@ -28,15 +28,10 @@ if TYPE_CHECKING:
 
 @schedule("fedasync")
 @dataclass(frozen=True, config=PLAIN)
-class FedAsync(Async):
+class FedAsync(Fading):
     """A step on every arrival: mix the client's model in."""
 
     alpha: float = Field(default=0.6, gt=0, le=1, description="share of a fresh model in the mixture")
-    fading: Literal["constant", "polynomial", "hinge"] = Field(
-        default="polynomial", description="how the share falls with staleness"
-    )
-    a: float = Field(default=0.5, ge=0, description="exponent (polynomial) or slope (hinge; published: 10)")
-    b: float = Field(default=4.0, ge=0, description="staleness at which the hinge begins")
 
     @property
     def anchored(self) -> bool:
@@ -51,6 +46,3 @@ class FedAsync(Async):
     def terms(self, server: Server, batch: list[Update]) -> list[Term]:
         (update,) = batch
         return [Term(server.against(update), self.alpha * self.discount(server.version - update.version), 1.0)]
-
-    def discount(self, staleness: int) -> float:
-        return fade(self.fading, self.a, self.b, staleness)

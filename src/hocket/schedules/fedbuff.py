@@ -25,7 +25,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from hocket.methods import Method, Update
-from hocket.schedules.asynchronous import Async, fade
+from hocket.schedules.asynchronous import Async, Fading
 from hocket.schedules.base import PLAIN, schedule
 
 if TYPE_CHECKING:
@@ -47,17 +47,8 @@ class Buffered(Async):
 
 @schedule("fedbuff")
 @dataclass(frozen=True, config=PLAIN)
-class FedBuff(Buffered):
+class FedBuff(Buffered, Fading):
     """A step every `buffer` arrivals, stale updates discounted."""
-
-    fading: Literal["constant", "polynomial", "hinge"] = Field(
-        default="polynomial", description="how an update's weight falls with staleness"
-    )
-    a: float = Field(default=0.5, ge=0, description="exponent (polynomial) or slope (hinge)")
-    b: float = Field(default=4.0, ge=0, description="staleness at which the hinge begins")
-
-    def discount(self, staleness: int) -> float:
-        return fade(self.fading, self.a, self.b, staleness)
 
 
 @schedule("fadas")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hocket.combine import Lazy
 from hocket.methods import Update
-from hocket.schedules.asynchronous import Async
+from hocket.schedules.asynchronous import Async, newest
 from hocket.schedules.base import PLAIN, Term, schedule
 
 if TYPE_CHECKING:
@@ -84,10 +84,9 @@ class SAFA(Async):
         bound = self.max_staleness or server.version
         gone = {j.client for j in server.outstanding.values() if server.version - j.version > bound}
         every = [u for u in [*server.kept, *batch] if u.client not in gone]
-        newest = {(u.client, k): u.job for u in every for k in server.method.effect(u.payload)}
         synced = server.notes.get("synced", {}) | dict.fromkeys(sorted(gone), server.version)
         server.notes = {"synced": {c: v for c, v in synced.items() if c not in {u.client for u in every}}}
-        return [u for u in every if u.job in set(newest.values())]
+        return newest(server, every)
 
     def pins(self, server: Server) -> set[int]:
         heard = {u.client for u in server.kept}
