@@ -70,9 +70,9 @@ class World:
         """Run to the end, noting every start, delta and iterate."""
         server, fit = self.simulation.server, self.trainer.fit
 
-        def noting(local: Local, start: Tree, only: Any, prox: float) -> Tree:
+        def noting(local: Local, start: Tree, only: Any, prox: float, *more: Any) -> Tree:
             self.starts[local.client, local.turn] = {k: v.clone() for k, v in start.items()}
-            delta = fit(local, start, only, prox)
+            delta = fit(local, start, only, prox, *more)
             self.deltas[local.client, local.turn] = {k: v.clone() for k, v in delta.items()}
             return delta
 

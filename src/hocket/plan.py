@@ -32,7 +32,7 @@ from hocket.tree import Tree
 class ShapeTrainer:
     """Stands in for training: differences of the right shapes, and gradients that prefer no tensor."""
 
-    def fit(self, local: Local, start: Tree, only: Callable[[str], bool], prox: float) -> Tree:
+    def fit(self, local: Local, start: Tree, only: Callable[[str], bool], prox: float, penalty: object = None) -> Tree:
         """Deltas of the selected tensors: without values a tensor can stand for its own difference."""
         return {k: v for k, v in start.items() if only(k)}
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hocket.errors import Interrupted
 from hocket.methods import Local
+from hocket.methods.base import Penalty
 from hocket.models.forward import autocast, loss_sum
 from hocket.models.memory import HALVES
 from hocket.models.meter import Meter
@@ -66,15 +67,17 @@ class TorchTrainer:
             total, count = self._loss(self.view.model, self._to_device(batch))
         return total / max(count, 1)
 
-    def fit(self, local: Local, start: Tree, only: Callable[[str], bool], prox: float) -> Tree:
+    def fit(
+        self, local: Local, start: Tree, only: Callable[[str], bool], prox: float, penalty: Penalty | None = None
+    ) -> Tree:
         """Deltas of the selected tensors after this client's local steps (see `Trainer`)."""
         self.place(start)
         names = [k for k in sorted(start) if only(k)]
         live = [self._loosen(k, start[k]) for k in names]
         try:
-            self._steps(local, names, live, start, prox)
+            self._steps(local, names, live, start, prox, penalty)
             # the trained memory becomes the difference: no further copy
-            return {k: p.data.sub_(start[k].to(p.device)).cpu() for k, p in zip(names, live, strict=True)}
+            return {k: self.view.logical(k).detach().sub_(start[k].to(self.view.device)).cpu() for k in names}
         finally:
             for p in live:
                 p.requires_grad_(False)
@@ -96,7 +99,7 @@ class TorchTrainer:
         p = self.view.loosen(name)
         if p.dtype in HALVES:
             self._cast.pop(name, None)
-            p.data = value.to(p.device, torch.float32, copy=True)
+            p.data = self.view.turned(name, value.to(p.device, torch.float32, copy=True))
         return p
 
     def gradient_norms(self, local: Local, start: Tree) -> dict[str, float]:
@@ -140,11 +143,19 @@ class TorchTrainer:
         local.metrics["examples"] = float(examples)
         return {k: (v / max(batches, 1)) ** 0.5 for k, v in squares.items()}
 
-    def _steps(self, local: Local, names: list[str], live: list[nn.Parameter], start: Tree, prox: float) -> None:
+    def _steps(
+        self,
+        local: Local,
+        names: list[str],
+        live: list[nn.Parameter],
+        start: Tree,
+        prox: float,
+        penalty: Penalty | None,
+    ) -> None:
         c, device, model = self.config, self.view.device, self.view.model
         optimizer = self._optimizer(local, names, live)
         scaler = self._scaler(local)
-        anchors = [start[k].to(device) for k in names] if prox else []
+        anchors = [self.view.turned(k, start[k].to(device)) for k in names] if prox else []
         losses, skipped, examples, tokens = [], 0, 0, 0
         # the second step, when the optimizer's state is there, or the only one
         measured = min(1, c.steps(len(self.data[local.client])) - 1) if c.measure_memory else None
@@ -161,6 +172,8 @@ class TorchTrainer:
                 with meter or nullcontext():
                     count = sum(_count(b) for b in micro)
                     value = sum(self._backward(b, count, scaler, meter) for b in micro)
+                    if penalty:  # once a step, however many micro-batches it has; not part of the reported loss
+                        scaler.scale(penalty({k: self.view.logical(k) for k in names})).backward()
                     if meter:
                         meter.mark("backward", gradients=[p.grad for p in live])
                     scaler.unscale_(optimizer)

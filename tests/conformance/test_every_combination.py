@@ -145,7 +145,7 @@ def test_lost_clients_neither_hang_nor_stop_the_run(meth: str, sched: str) -> No
 @pytest.mark.parametrize("meth", METHODS)
 def test_a_zero_step_client_changes_nothing(meth: str) -> None:
     w = world(meth, "sync")
-    w.trainer.fit = lambda local, start, only, prox: {k: torch.zeros_like(v) for k, v in start.items() if only(k)}
+    w.trainer.fit = lambda local, start, only, prox, *more: {k: torch.zeros_like(v) for k, v in start.items() if only(k)}
     before = digest(w.final)
     w.simulation.run()
     assert digest(w.final) == before
@@ -227,7 +227,7 @@ def test_bytes_are_packets_and_packets_are_the_formula(meth: str) -> None:
 @pytest.mark.parametrize("sched", SCHEDULES)
 def test_clients_that_change_nothing_leave_the_model(sched: str) -> None:
     w = world("fedavg", sched)
-    w.trainer.fit = lambda local, start, only, prox: {k: torch.zeros_like(v) for k, v in start.items() if only(k)}
+    w.trainer.fit = lambda local, start, only, prox, *more: {k: torch.zeros_like(v) for k, v in start.items() if only(k)}
     before = digest(w.final)
     w.simulation.run()
     assert digest(w.final) == before

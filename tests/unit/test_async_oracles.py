@@ -406,7 +406,7 @@ def flat(tree: Any) -> Tensor:
 def quick(w: World, problem: Problem) -> World:
     """The same federation with the formula in place of the trainer, which takes a hundred times as long."""
 
-    def fit(local: Any, start: Any, only: Any, prox: float) -> Any:
+    def fit(local: Any, start: Any, only: Any, prox: float, *more: Any) -> Any:
         delta = problem.local(local.client, flat(start)).split(len(start["layers.0.w"]))
         return {f"layers.{i}.w": x.clone() for i, x in enumerate(delta) if only(f"layers.{i}.w")}
 

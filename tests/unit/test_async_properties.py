@@ -66,7 +66,7 @@ def start(meth: str) -> Tree:
 class Moves:
     """Instead of training: differences that depend on client and visit only."""
 
-    def fit(self, local: Any, params: Tree, only: Any, prox: float) -> Tree:
+    def fit(self, local: Any, params: Tree, only: Any, prox: float, *more: Any) -> Tree:
         key = lambda k: generator("move", local.client, local.visit, k)
         return {k: 0.1 * torch.randn(v.shape, generator=key(k)) for k, v in params.items() if only(k)}
 
@@ -349,7 +349,7 @@ def test_simulations_end_or_say_why_and_resume_to_the_same_bits(sched: str) -> N
         w = quadratic(clients=N, meth=METHODS[meth], turns=TURNS, steps=2, sched=SCHEDULES[sched], devices=devices)
         for d, given_ in zip(devices, w.simulation.devices, strict=True):
             object.__setattr__(given_, "loss", d.loss)  # `worlds` sets one loss for all
-        w.trainer.fit = lambda local, begin, only, prox: {
+        w.trainer.fit = lambda local, begin, only, prox, *more: {
             k: torch.randn(v.shape, dtype=v.dtype, generator=generator(local.client, local.visit, k))
             for k, v in begin.items()
             if only(k)

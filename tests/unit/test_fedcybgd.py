@@ -54,7 +54,7 @@ def exactly(world: World) -> None:
     model = world.trainer.view.model
     n, size = len(model.layers), len(model.layers[0].w)
 
-    def fit(local: Any, start: Tree, only: Any, prox: float) -> Tree:
+    def fit(local: Any, start: Tree, only: Any, prox: float, *more: Any) -> Tree:
         x = torch.cat([start[f"layers.{i}.w"] for i in range(n)])
         (b,) = [i for i in range(n) if only(f"layers.{i}.w")]
         H, c = model.H[local.client], model.c[local.client]

@@ -214,7 +214,7 @@ def test_every_start_is_the_server_plus_what_it_counts_on(seed: int) -> None:
     deltas: dict[tuple[int, int], Tree] = {}
     checked = 0
 
-    def fitting(local: Any, start: Tree, only: Any, prox: float) -> Tree:
+    def fitting(local: Any, start: Tree, only: Any, prox: float, *more: Any) -> Tree:
         nonlocal checked
         j, view = asked[local.client, local.visit]
         expected = dict(view)
@@ -223,7 +223,7 @@ def test_every_start_is_the_server_plus_what_it_counts_on(seed: int) -> None:
                 expected = {k: expected[k] + deltas[local.client, t][k] for k in expected}
         assert apart(start, expected) < ATOL
         checked += 1
-        deltas[local.client, local.turn] = delta = fit(local, start, only, prox)
+        deltas[local.client, local.turn] = delta = fit(local, start, only, prox, *more)
         return delta
 
     w.simulation._send, w.trainer.fit = sending, fitting  # type: ignore[method-assign]

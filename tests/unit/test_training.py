@@ -486,3 +486,36 @@ def test_a_recipe_can_keep_its_weights_in_bf16(stories: Any, tmp_path: Any) -> N
         after = {k: v + delta[k] if k in delta else v for k, v in state["params"].items()}
         losses[dtype] = e.evaluate(after)["loss"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_penalty_is_added_once_a_step(arch: str) -> None:
+    """With a loss of zero its gradient alone moves what trains, micro-batches or not: theta <- theta - lr lambda theta."""
+    view, trainer, start = build(
+        arch, "flora", optimizer="sgd", lr=0.1, clip=None, local_steps=2, accumulation=3, batch_size=1
+    )
+    trainer._loss = lambda model, batch: (0.0 * sum(p.sum() for p in model.parameters()), 1)
+    shapes: list[dict[str, Any]] = []
+
+    def penalty(live: Any) -> torch.Tensor:
+        shapes.append({k: v.shape for k, v in live.items()})
+        return sum(0.5 * v.square().sum() for k, v in live.items() if ".lora_A." in k)
+
+    only = lambda k: ".lora_" in k
+    me = local(trainer)
+    delta = me.fit(start, only, penalty=penalty)
+    assert shapes == [{k: start[k].shape for k in start if only(k)}] * 2
+    assert me.metrics["loss"] == 0
+    for k, d in delta.items():
+        assert torch.allclose(d, start[k] * (0.9**2 - 1) if ".lora_A." in k else torch.zeros_like(d), atol=1e-7), k
+
+
+def test_a_penalty_shows_conv1d_as_out_by_in() -> None:
+    """gpt2 keeps in x out: a merged base is seen, and moves, as the view has it."""
+    view, trainer, start = build("gpt2", "flora", optimizer="sgd", lr=1.0, clip=None, local_steps=1)
+    trainer._loss = lambda model, batch: (0.0 * sum(p.sum() for p in model.parameters()), 1)
+    name = next(k for k in start if k.endswith("c_attn.base_layer.weight"))
+    pull = torch.randn(start[name].shape)
+    delta = local(trainer).fit(start, lambda k: k == name, penalty=lambda live: (live[name] * pull).sum())
+    assert start[name].shape[0] != start[name].shape[1]
+    assert torch.allclose(delta[name], -pull, atol=1e-6)

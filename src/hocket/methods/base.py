@@ -81,10 +81,16 @@ class Client:
     traits: Mapping[str, Any] = field(default_factory=dict)
 
 
+Penalty = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+"""A differentiable function of the tensors that train, by name, that is added to the loss."""
+
+
 class Trainer(Protocol):
     """Local optimization on one client's data; `hocket.training` has the real one."""
 
-    def fit(self, local: Local, start: Tree, only: Callable[[str], bool], prox: float) -> Tree:
+    def fit(
+        self, local: Local, start: Tree, only: Callable[[str], bool], prox: float, penalty: Penalty | None = None
+    ) -> Tree:
         """Deltas (end - start) of the tensors in `start` that `only` selects, after this client's local steps."""
 
     def loss(self, params: Tree, batch: Any) -> torch.Tensor:
@@ -119,9 +125,20 @@ class Local:
     traits: Mapping[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def fit(self, params: Tree, only: Callable[[str], bool] = lambda name: True, prox: float = 0.0) -> Tree:
-        """Train the tensors of `params` that `only` selects for this client's local steps; returns their deltas."""
-        return self.trainer.fit(self, params, only, prox)
+    def fit(
+        self,
+        params: Tree,
+        only: Callable[[str], bool] = lambda name: True,
+        prox: float = 0.0,
+        penalty: Penalty | None = None,
+    ) -> Tree:
+        """Train the tensors of `params` that `only` selects for this client's local steps; returns their deltas.
+
+        Args:
+            prox: coefficient of the proximal term mu/2 |w - w_start|^2.
+            penalty: added to the loss of every optimizer step.
+        """
+        return self.trainer.fit(self, params, only, prox, penalty)
 
     def loss(self, params: Tree, batch: Any) -> torch.Tensor:
         """Forward only: the loss of `batch` with `params` in place."""

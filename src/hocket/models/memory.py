@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from hocket.methods import Local
+from hocket.methods.base import Penalty
 from hocket.methods.blocks import LAYER
 from hocket.models.forward import autocast
 from hocket.models.views import View
@@ -118,10 +119,12 @@ class Noted:
     inner: Any
     jobs: dict[int, list[tuple[tuple[str, ...], bool]]] = field(default_factory=dict)
 
-    def fit(self, local: Local, start: Tree, only: Callable[[str], bool], prox: float) -> Tree:
+    def fit(
+        self, local: Local, start: Tree, only: Callable[[str], bool], prox: float, penalty: Penalty | None = None
+    ) -> Tree:
         """Note the selected tensors."""
         self.jobs.setdefault(local.client, []).append((tuple(k for k in sorted(start) if only(k)), True))
-        return self.inner.fit(local, start, only, prox)
+        return self.inner.fit(local, start, only, prox, penalty)
 
     def gradient_norms(self, local: Local, start: Tree) -> dict[str, float]:
         """Note all tensors: each has a gradient, one at a time, and none moves."""

@@ -42,7 +42,7 @@ class View:
 
     def start(self) -> Tree:
         """The values in place, on the CPU; a model on the CPU shares them with the server's state, without a copy."""
-        tree = {k: self._turned(k, self.params[k].data.cpu()) for k in sorted(self.params)}
+        tree = {k: self.turned(k, self.params[k].data.cpu()) for k in sorted(self.params)}
         self._placed = dict(tree)
         return tree
 
@@ -52,11 +52,16 @@ class View:
         """
         for k, v in values.items():
             if self._placed.get(k) is not v:
-                self.params[k].data = self._turned(k, v.to(self.device))
+                self.params[k].data = self.turned(k, v.to(self.device))
                 self._placed[k] = v
 
-    def _turned(self, name: str, x: Tensor) -> Tensor:
+    def turned(self, name: str, x: Tensor) -> Tensor:
+        """Between the model's layout of a parameter and the one outside."""
         return x.T if name in self.transposed else x
+
+    def logical(self, name: str) -> Tensor:
+        """The parameter as it is seen outside, out x in; gradients flow through."""
+        return self.turned(name, self.params[name])
 
     def loosen(self, name: str) -> nn.Parameter:
         """Give a parameter its own memory and let it train; `place` puts the old value back later."""
