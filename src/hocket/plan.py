@@ -19,7 +19,8 @@ from hocket.client import Result, Setting, work
 from hocket.codecs.base import Codec, Feedback, sent_raw
 from hocket.executors import Task
 from hocket.ledger import Ledger
-from hocket.methods import Client, Local, Method, State, Update
+from hocket.methods import Local, Method, State, Update
+from hocket.methods.base import Masks, Penalty
 from hocket.models import memory, views
 from hocket.models.forward import DTYPES
 from hocket.models.skeleton import skeleton
@@ -32,9 +33,13 @@ from hocket.tree import Tree
 class ShapeTrainer:
     """Stands in for training: differences of the right shapes, and gradients that prefer no tensor."""
 
-    def fit(self, local: Local, start: Tree, only: Callable[[str], bool], prox: float, penalty: object = None) -> Tree:
+    def fit(
+        self, local: Local, start: Tree, only: Callable[[str], bool], prox: float,
+        penalty: Penalty | None = None, masks: Masks | None = None,
+    ) -> Tree:  # fmt: skip
         """Deltas of the selected tensors: without values a tensor can stand for its own difference."""
-        return {k: v for k, v in start.items() if only(k)}
+        masks = masks or {}
+        return {k: v.new_empty(masks[k].shape) if k in masks else v for k, v in start.items() if only(k)}
 
     def loss(self, params: Tree, batch: Any) -> Tensor:
         """There is nothing to evaluate in a plan."""
@@ -57,6 +62,10 @@ class ShapeMethod:
     def check(self, state: State, update: Update) -> str | None:
         """Every update of a plan is in order."""
         return None
+
+    def layers(self, *_: Any) -> dict[str, dict[str, float]]:
+        """Nothing can be measured of shapes."""
+        return {}
 
 
 class ShapeCodec:
@@ -191,7 +200,7 @@ def _clock(recipe: Recipe, rows: Sequence[int] | None) -> tuple[dict[str, Any], 
     n = recipe.clients.count
     steps = [recipe.training.steps(rows[c] if rows else 1) for c in range(n)]
     server = Server(
-        shapes, schedule, start, [Client(c) for c in range(n)], recipe.turns, recipe.seed, recipe.clients.preloaded
+        shapes, schedule, start, recipe.server_clients([1] * n), recipe.turns, recipe.seed, recipe.clients.preloaded
     )
     lanes: dict[str, dict[int, list[float]]] = {k: {c: [0, 0, 0] for c in range(n)} for k in ("down", "compute", "up")}
 

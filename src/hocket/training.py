@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hocket.entries import Trained
 from hocket.errors import Interrupted
 from hocket.methods import Local
-from hocket.methods.base import Penalty
+from hocket.methods.base import Masks, Penalty
 from hocket.models.forward import autocast, loss_sum
 from hocket.models.memory import HALVES
 from hocket.models.meter import Meter
@@ -68,20 +69,18 @@ class TorchTrainer:
         return total / max(count, 1)
 
     def fit(
-        self, local: Local, start: Tree, only: Callable[[str], bool], prox: float, penalty: Penalty | None = None
-    ) -> Tree:
+        self, local: Local, start: Tree, only: Callable[[str], bool], prox: float,
+        penalty: Penalty | None = None, masks: Masks | None = None,
+    ) -> Tree:  # fmt: skip
         """Deltas of the selected tensors after this client's local steps (see `Trainer`)."""
         self.place(start)
         names = [k for k in sorted(start) if only(k)]
-        live = [self._loosen(k, start[k]) for k in names]
+        trained = Trained(self.view, {k: self._loosen(k, start[k]) for k in names}, start, masks)
         try:
-            self._steps(local, names, live, start, prox, penalty)
-            # the trained memory becomes the difference: no further copy
-            return {k: self.view.logical(k).detach().sub_(start[k].to(self.view.device)).cpu() for k in names}
+            self._steps(local, trained, prox, penalty)
+            return trained.deltas()
         finally:
-            for p in live:
-                p.requires_grad_(False)
-                p.grad = None
+            trained.close()
             self.place({k: start[k] for k in names})
 
     def place(self, values: Tree) -> None:
@@ -143,19 +142,11 @@ class TorchTrainer:
         local.metrics["examples"] = float(examples)
         return {k: (v / max(batches, 1)) ** 0.5 for k, v in squares.items()}
 
-    def _steps(
-        self,
-        local: Local,
-        names: list[str],
-        live: list[nn.Parameter],
-        start: Tree,
-        prox: float,
-        penalty: Penalty | None,
-    ) -> None:
+    def _steps(self, local: Local, trained: Trained, prox: float, penalty: Penalty | None) -> None:
         c, device, model = self.config, self.view.device, self.view.model
-        optimizer = self._optimizer(local, names, live)
+        optimizer, live = self._optimizer(local, trained), list(trained.live.values())
         scaler = self._scaler(local)
-        anchors = [self.view.turned(k, start[k].to(device)) for k in names] if prox else []
+        anchors = trained.anchors() if prox else []
         losses, skipped, examples, tokens = [], 0, 0, 0
         # the second step, when the optimizer's state is there, or the only one
         measured = min(1, c.steps(len(self.data[local.client])) - 1) if c.measure_memory else None
@@ -168,14 +159,14 @@ class TorchTrainer:
                     raise Interrupted
                 meter = None
                 if i == measured:
-                    meter = Meter(model, [start[k] for k in names], local.memory.values(), _held(optimizer))
+                    meter = Meter(model, trained.held, local.memory.values(), _held(optimizer))
                 with meter or nullcontext():
                     count = sum(_count(b) for b in micro)
                     value = sum(self._backward(b, count, scaler, meter) for b in micro)
                     if penalty:  # once a step, however many micro-batches it has; not part of the reported loss
-                        scaler.scale(penalty({k: self.view.logical(k) for k in names})).backward()
+                        scaler.scale(penalty(trained.logical())).backward()
                     if meter:
-                        meter.mark("backward", gradients=[p.grad for p in live])
+                        meter.mark("backward", gradients=trained.gradients)
                     scaler.unscale_(optimizer)
                     if prox:
                         for p, anchor in zip(live, anchors, strict=True):  # d/dw mu/2 |w - w_start|^2
@@ -184,6 +175,7 @@ class TorchTrainer:
                     finite = bool(torch.isfinite(nn.utils.clip_grad_norm_(live, c.clip or math.inf)))
                     if finite and math.isfinite(value):
                         scaler.step(optimizer)
+                        trained.moved()
                         losses.append(value)
                         examples += sum(len(b["input_ids"]) if "input_ids" in b else 1 for b in micro)
                         tokens += count
@@ -201,7 +193,7 @@ class TorchTrainer:
         if losses:
             local.metrics["loss"] = sum(losses) / len(losses)
         if c.optimizer_state == "keep":
-            for k, p in zip(names, live, strict=True):
+            for k, p in trained.live.items():
                 for slot, v in optimizer.state[p].items():
                     if isinstance(v, Tensor):
                         local.memory[f"optimizer/{slot}/{k}"] = v.cpu()
@@ -222,20 +214,22 @@ class TorchTrainer:
             scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
         return scaler
 
-    def _optimizer(self, local: Local, names: list[str], live: list[nn.Parameter]) -> torch.optim.Optimizer:
-        c = self.config
+    def _optimizer(self, local: Local, trained: Trained) -> torch.optim.Optimizer:
+        c, live = self.config, trained.live
         lr = c.rate(local.turn, local.turns)
-        fused = all(p.is_floating_point() for p in live) and self.view.device.type in ("cpu", "cuda")
+        fused = all(p.is_floating_point() for p in live.values()) and self.view.device.type in ("cpu", "cuda")
         optimizer: torch.optim.Optimizer
-        spared = [p for p in live if c.decay == "matrices" and p.ndim < 2]
-        groups: list[dict[str, Any]] = [{"params": [p for p in live if c.decay == "all" or p.ndim > 1]}]
+        spared = [p for k, p in live.items() if c.decay == "matrices" and trained.dims[k] < 2]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for k, p in live.items() if c.decay == "all" or trained.dims[k] > 1]}
+        ]
         groups += [{"params": spared, "weight_decay": 0.0}] if spared else []
         if c.optimizer == "adamw":
             optimizer = torch.optim.AdamW(groups, lr, betas=c.betas, weight_decay=c.weight_decay, fused=fused)
         else:
             optimizer = torch.optim.SGD(groups, lr, momentum=c.momentum, weight_decay=c.weight_decay, fused=fused)
         if c.optimizer_state == "keep":
-            for k, p in zip(names, live, strict=True):
+            for k, p in live.items():
                 for slot in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
                     if (key := f"optimizer/{slot}/{k}") in local.memory:
                         v = local.memory[key].clone()

@@ -98,7 +98,7 @@ def test_own_updates_error_feedback_and_kept_state_are_counted() -> None:
     view = make(model, method.build("fedbcd"), "causal", 3)
     blocks = method.build("fedbcd").cut(view.params)  # type: ignore[attr-defined]
     size = [4 * sum(view.params[k].numel() for k in b) for b in blocks]
-    jobs = {0: [(blocks[0], True), (blocks[1], True), (blocks[0], True)], 1: []}
+    jobs = {0: [memory.Fitted(blocks[i]) for i in (0, 1, 0)], 1: []}
     one = memory.needs(view, jobs, memory.Step(2, 24))
     assert one[0].in_flight == one[0].kept == 0
     assert one[1].total == one[1].weights == 4 * view.total

@@ -10,6 +10,7 @@ import pytest
 import torch
 from worlds import collate, language, tokens
 
+from hocket.entries import Trained
 from hocket.errors import Interrupted, RecipeError
 from hocket.methods import Local, method
 from hocket.models.forward import loss_sum
@@ -519,3 +520,107 @@ def test_a_penalty_shows_conv1d_as_out_by_in() -> None:
     delta = local(trainer).fit(start, lambda k: k == name, penalty=lambda live: (live[name] * pull).sum())
     assert start[name].shape[0] != start[name].shape[1]
     assert torch.allclose(delta[name], -pull, atol=1e-6)
+
+
+# --- entries ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_entries_move_as_they_would_and_all_others_stay(arch: str, optimizer: str) -> None:
+    """Without clipping an entry's path does not depend on the rest: the masked job is the dense one at the entries,
+    as long as the others do not move (one step); and nothing else moves, whatever decays."""
+    config = {"optimizer": optimizer, "local_steps": 1, "weight_decay": 0.3, "clip": None, "accumulation": 2}
+    view, trainer, start = build(arch, "flora", **config)
+    only = lambda k: k.endswith("base_layer.weight")
+    masks = {
+        k: torch.randperm(v.numel(), generator=torch.Generator().manual_seed(3))[: v.numel() // 9].sort().values
+        for k, v in start.items()
+        if only(k)
+    }
+    ends: dict[str, torch.Tensor] = {}
+    moved = Trained.moved
+
+    def noting(self: Any) -> None:
+        moved(self)
+        ends.update({k: v.detach().clone() for k, v in self.logical().items()})
+
+    Trained.moved = noting  # type: ignore[method-assign]
+    try:
+        sparse = local(trainer).fit(start, only, masks=masks)
+    finally:
+        Trained.moved = moved  # type: ignore[method-assign]
+    dense = local(trainer).fit(start, only)
+    for k in masks:
+        assert sparse[k].shape == masks[k].shape
+        assert torch.allclose(sparse[k], dense[k].reshape(-1)[masks[k]], atol=1e-7)
+        rest = torch.ones(start[k].numel(), dtype=torch.bool)
+        rest[masks[k]] = False
+        assert torch.equal(ends[k].reshape(-1)[rest], start[k].reshape(-1)[rest])  # bit for bit, though there is decay
+        assert not torch.equal(ends[k], start[k])
+        assert torch.equal(view.logical(k).detach(), start[k])  # and the job leaves no trace
+
+
+def test_a_job_with_entries_is_adamw_on_their_vector() -> None:
+    """Three steps with clipping and decay against torch's optimizer on the gathered gradients: moments are the
+    entries' alone, the norm is theirs, and gradients are taken where the rest of the weight stands still."""
+    view, trainer, start = build("llama", local_steps=3, weight_decay=0.1, clip=0.05, accumulation=2)
+    name = "model.layers.1.self_attn.v_proj.weight"
+    mask = torch.tensor([0, 3, 17, 100, 101])
+    batches = list(trainer._batches(local(trainer)))
+    held: list[int] = []
+    close = Trained.close
+    Trained.close = lambda self: (held.extend(v.numel() for v in self.live.values()), close(self))[1]  # type: ignore
+    try:
+        delta = local(trainer).fit(start, lambda k: k == name, masks={name: mask})
+    finally:
+        Trained.close = close  # type: ignore[method-assign]
+    assert held == [5]
+    model, _ = tiny("llama", vocab=64, layers=4, width=16)
+    model.train()
+    weight = dict(model.named_parameters())[name]
+    values = torch.nn.Parameter(start[name].reshape(-1)[mask].clone())
+    optimizer = torch.optim.AdamW([values], 1e-2, weight_decay=0.1, fused=True)
+    for micro in batches:
+        weight.grad = None
+        count = sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro)
+        for b in micro:
+            (loss_sum(model, b)[0] / count).backward()
+        values.grad = weight.grad.reshape(-1)[mask].clone()
+        torch.nn.utils.clip_grad_norm_([values], 0.05)
+        optimizer.step()
+        weight.data.view(-1)[mask] = values.data
+    assert torch.allclose(delta[name], values.data - start[name].reshape(-1)[mask], atol=1e-7)
+
+
+def test_no_dense_gradient_outlives_the_backward_pass_and_kept_state_is_the_entries() -> None:
+    view, trainer, start = build("llama", "flora", optimizer_state="keep", decay="matrices", weight_decay=0.5)
+    only = lambda k: k.endswith("base_layer.weight")
+    masks = {k: torch.arange(7) for k in start if only(k)}
+    me = local(trainer)
+    seen: list[Any] = []
+    penalty = lambda live: (seen.append([p.grad for p in view.params.values()]), sum(v.sum() * 0 for v in live.values()))[1]
+    first = me.fit(start, only, penalty=penalty, masks=masks)
+    assert seen
+    assert all(g is None for grads in seen for g in grads)
+    assert {v.numel() for k, v in me.memory.items() if "exp_avg" in k} == {7}
+    second = local(trainer, memory=me.memory, visit=1).fit(start, only, masks=masks)
+    assert all(torch.isfinite(second[k]).all() and not torch.equal(first[k], second[k]) for k in masks)
+
+
+@pytest.mark.parametrize("decay", ["all", "matrices"])
+def test_decay_of_matrices_is_decay_of_their_entries(decay: str) -> None:
+    """The vector of a matrix's entries is no vector of the model."""
+    _, trainer, start = build(weight_decay=0.5, decay=decay, clip=None, local_steps=1)
+    trainer._loss = lambda model, batch: (0.0 * sum(p.sum() for p in model.parameters()), 1)
+    norm, matrix = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
+    masks = {norm: torch.arange(4), matrix: torch.arange(4)}
+    delta = local(trainer).fit(start, lambda k: k in masks, masks=masks)
+    assert torch.allclose(delta[matrix], -5e-3 * start[matrix].reshape(-1)[:4], atol=1e-7)
+    assert bool(delta[norm].any()) == (decay == "all")
+
+
+def test_entries_of_a_bf16_model_train_in_fp32() -> None:
+    view, trainer = half("flora", local_steps=2, lr=1e-6)
+    start, only = trainer.start(), lambda k: k.endswith("base_layer.weight")
+    masks = {k: torch.arange(5) for k in start if only(k)}
+    delta = local(trainer).fit(start, only, masks=masks)
+    assert all(d.dtype == torch.float32 and 0 < float(d.abs().max()) < 4e-6 for d in delta.values())

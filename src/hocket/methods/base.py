@@ -83,14 +83,17 @@ class Client:
 
 Penalty = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 """A differentiable function of the tensors that train, by name, that is added to the loss."""
+Masks = Mapping[str, torch.Tensor]
+"""For a tensor, the positions (flat, row-major, int64) of the entries that may move; the others stay bit for bit."""
 
 
 class Trainer(Protocol):
     """Local optimization on one client's data; `hocket.training` has the real one."""
 
     def fit(
-        self, local: Local, start: Tree, only: Callable[[str], bool], prox: float, penalty: Penalty | None = None
-    ) -> Tree:
+        self, local: Local, start: Tree, only: Callable[[str], bool], prox: float,
+        penalty: Penalty | None = None, masks: Masks | None = None,
+    ) -> Tree:  # fmt: skip
         """Deltas (end - start) of the tensors in `start` that `only` selects, after this client's local steps."""
 
     def loss(self, params: Tree, batch: Any) -> torch.Tensor:
@@ -131,14 +134,16 @@ class Local:
         only: Callable[[str], bool] = lambda name: True,
         prox: float = 0.0,
         penalty: Penalty | None = None,
+        masks: Masks | None = None,
     ) -> Tree:
         """Train the tensors of `params` that `only` selects for this client's local steps; returns their deltas.
 
         Args:
             prox: coefficient of the proximal term mu/2 |w - w_start|^2.
             penalty: added to the loss of every optimizer step.
+            masks: of these tensors only some entries move; their delta is the vector of these entries' differences.
         """
-        return self.trainer.fit(self, params, only, prox, penalty)
+        return self.trainer.fit(self, params, only, prox, penalty, masks)
 
     def loss(self, params: Tree, batch: Any) -> torch.Tensor:
         """Forward only: the loss of `batch` with `params` in place."""
@@ -174,6 +179,9 @@ class Method:
     increments: ClassVar[bool] = True
     """Whether a client's uploads are changes of the same thing from job to job, so that what was lost of one can be
     made good in the next, and optimizer state can be kept."""
+
+    anchored: ClassVar[bool] = False
+    """Whether an upload can be read only against the version its job started from (see `accept`)."""
 
     rebuilds: ClassVar[bool] = False
     """Whether clients begin every job at the start model plus what is sent, whatever they held before."""
@@ -231,6 +239,15 @@ class Method:
         """One job on a client: from `start` (the view, own updates in flight included) to what is uploaded."""
         return local.fit(start, self.trains(local), self.mu)
 
+    def accept(self, then: Tree, payload: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """What `step` is given of an upload, once `check` has passed it; `then` are the state's "params" in the version
+        that its job started from. Called if `anchored`."""
+        return payload
+
+    def model(self, params: Tree) -> Mapping[str, torch.Tensor]:
+        """The tensors of which effects are differences, where those are others than the state's "params"."""
+        return params
+
     def effect(self, payload: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """What an upload stands for: the difference it would make to each tensor of the view, by itself and at a server
         rate of 1. A tree of such differences can be given to `step` in place of an upload."""
@@ -271,6 +288,12 @@ class Method:
             step, slots[k] = self._server_step(delta, slots.get(k, {}))
             params[k] = params[k] + step.to(params[k].dtype)
         return state | {"params": params, "slots": slots}
+
+    def layers(
+        self, before: State, updates: Sequence[Update], weights: Sequence[float], shares: Sequence[float], after: State
+    ) -> dict[str, dict[str, float]]:
+        """What is worth writing down of a step, for each layer."""
+        return {}
 
     def export(self, state: State) -> Tree:
         """The trainable view of the model that this state stands for."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from hocket.methods import Local
-from hocket.methods.base import Penalty
+from hocket.methods.base import Masks, Penalty
 from hocket.methods.blocks import LAYER
 from hocket.models.forward import autocast
 from hocket.models.views import View
@@ -108,27 +108,38 @@ class Step:
     gpu: bool = False
 
 
+class Fitted(NamedTuple):
+    """What one job trains: names of tensors; whether all of it moves at once; of some, how many entries move."""
+
+    names: tuple[str, ...]
+    at_once: bool = True
+    entries: tuple[tuple[str, int], ...] = ()
+
+
 @dataclass
 class Noted:
     """A trainer that notes what each client's jobs train, for `needs`, and leaves the work to `inner`.
 
     Attributes:
-        jobs: for each client its jobs in order: names of what is trained, and whether all of it moves at once.
+        jobs: for each client its jobs in order.
     """
 
     inner: Any
-    jobs: dict[int, list[tuple[tuple[str, ...], bool]]] = field(default_factory=dict)
+    jobs: dict[int, list[Fitted]] = field(default_factory=dict)
 
     def fit(
-        self, local: Local, start: Tree, only: Callable[[str], bool], prox: float, penalty: Penalty | None = None
-    ) -> Tree:
+        self, local: Local, start: Tree, only: Callable[[str], bool], prox: float,
+        penalty: Penalty | None = None, masks: Masks | None = None,
+    ) -> Tree:  # fmt: skip
         """Note the selected tensors."""
-        self.jobs.setdefault(local.client, []).append((tuple(k for k in sorted(start) if only(k)), True))
-        return self.inner.fit(local, start, only, prox, penalty)
+        names = tuple(k for k in sorted(start) if only(k))
+        entries = tuple((k, masks[k].numel()) for k in names if k in masks) if masks else ()
+        self.jobs.setdefault(local.client, []).append(Fitted(names, True, entries))
+        return self.inner.fit(local, start, only, prox, penalty, masks)
 
     def gradient_norms(self, local: Local, start: Tree) -> dict[str, float]:
         """Note all tensors: each has a gradient, one at a time, and none moves."""
-        self.jobs.setdefault(local.client, []).append((tuple(sorted(start)), False))
+        self.jobs.setdefault(local.client, []).append(Fitted(tuple(sorted(start)), False))
         return self.inner.gradient_norms(local, start)
 
     def __getattr__(self, name: str) -> Any:
@@ -137,7 +148,7 @@ class Noted:
 
 def needs(
     view: View,
-    jobs: Mapping[int, Sequence[tuple[tuple[str, ...], bool]]],
+    jobs: Mapping[int, Sequence[Fitted]],
     step: Step,
     ahead: int = 0,
     feedback: bool = False,
@@ -152,13 +163,13 @@ def needs(
         keep: whether the optimizer's state stays with the client.
     """
     distinct = {job for done in jobs.values() for job in done}
-    size = {job: _bytes(view, job[0]) for job in distinct}
+    size = {job: sum(_moving(view, job).values()) for job in distinct}
     # jobs in layers that are of one size differ only in how deep the backward pass goes: trace the deepest, for all
-    key = {j: (size[j], j[1], j[0] if _lowest(j[0]) < 0 else ()) for j in distinct}
-    deepest: dict[Any, tuple[tuple[str, ...], bool]] = {}
-    for job in sorted(distinct, key=lambda j: (_lowest(j[0]), j)):
+    key = {j: (size[j], j.at_once, j.names if _lowest(j.names) < 0 else (), j.entries) for j in distinct}
+    deepest: dict[Any, Fitted] = {}
+    for job in sorted(distinct, key=lambda j: (_lowest(j.names), j)):
         deepest.setdefault(key[job], job)
-    one = {k: estimate(view, job[0], step, job[1]) for k, job in deepest.items()}
+    one = {k: estimate(view, job.names, step, job.at_once, dict(job.entries)) for k, job in deepest.items()}
     idle, out = Memory(_bytes(view)), {}
     for client, done in jobs.items():
         seen: dict[str, int] = {}
@@ -166,23 +177,26 @@ def needs(
         for i, job in enumerate(done):
             need = one[key[job]]
             private = sum(seen.values()) * (feedback + keep * step.slots)
-            flying = sum(size[j] for j in done[max(0, i - ahead) : i] if j[1])
+            flying = sum(size[j] for j in done[max(0, i - ahead) : i] if j.at_once)
             if not step.gpu:
                 need = Memory(**{**asdict(need), "in_flight": flying, "kept": private})
             most = max(most, need, key=lambda m: m.total)
-            if (feedback or keep) and job[1]:
-                seen |= {k: _bytes(view, [k]) for k in job[0] if k not in seen}
+            if (feedback or keep) and job.at_once:
+                seen |= _moving(view, job)
         out[client] = most
     return out
 
 
-def estimate(view: View, names: Iterable[str], step: Step, at_once: bool = True) -> Memory:
+def estimate(
+    view: View, names: Iterable[str], step: Step, at_once: bool = True, entries: Mapping[str, int] | None = None
+) -> Memory:
     """Memory of a step that trains the tensors of `names`, without private tensors.
 
     Args:
         at_once: false if each gradient is freed as soon as it is there, and nothing moves.
+        entries: of these tensors only so many entries move.
     """
-    names = [k for k in names if k in view.params]
+    names, entries = [k for k in names if k in view.params], entries or {}
     n = _bytes(view, names)
     kept, logits = activations(view, names, step)
     if not at_once:
@@ -190,9 +204,13 @@ def estimate(view: View, names: Iterable[str], step: Step, at_once: bool = True)
         return Memory(_bytes(view), gradients=largest, activations=kept, logits=logits)
     low = sum(p.numel() * p.element_size() for k, p in view.params.items() if k in set(names))
     counters = 4 * len(names) if step.slots == 2 else 0  # AdamW counts each tensor's steps
+    moving = sum(_moving(view, Fitted(tuple(names), True, tuple(entries.items()))).values())
+    dense = max((_bytes(view, [k]) for k in entries), default=0)  # one gradient at a time, until its entries are taken
+    vectors = sum(entries.values())  # of 4 bytes: the values, those they started from, and positions of 8
     return Memory(
-        _bytes(view) - low + n, 0 if step.gpu else n, n, n * step.slots + counters, activations=kept, logits=logits
-    )
+        _bytes(view) - low + n + vectors * 12, 0 if step.gpu else n + vectors * 4, moving + dense,
+        moving * step.slots + counters, activations=kept, logits=logits,
+    )  # fmt: skip
 
 
 def activations(view: View, names: Iterable[str], step: Step) -> tuple[int, int]:
@@ -257,6 +275,12 @@ def _bytes(view: View, names: Iterable[str] | None = None) -> int:
         return sum(p.numel() * p.element_size() for p in view.model.parameters())
     chosen = (view.params[k] for k in names if k in view.params)
     return sum(p.numel() * (4 if p.dtype in HALVES else p.element_size()) for p in chosen)
+
+
+def _moving(view: View, job: Fitted) -> dict[str, int]:
+    """Bytes of what moves of each tensor."""
+    entries = dict(job.entries)
+    return {k: 4 * entries[k] if k in entries else _bytes(view, [k]) for k in job.names if k in view.params}
 
 
 def _lowest(names: Iterable[str]) -> float:
