@@ -201,10 +201,10 @@ def test_classification_rows_are_texts_or_pairs() -> None:
     t = tokenizer()
     data = datasets.Dataset.from_list([{"sentence1": "ab", "sentence2": "cd", "label": 1}, {"sentence1": "x", "sentence2": "y", "label": 0}])
     encoded, _, _ = encode(data, t, task="classification")
-    assert text(t, encoded[0]["input_ids"]) == "abcd"
+    assert text(t, encoded[0]["input_ids"]) == "ab\ncd"
     batch = collate([encoded[0], encoded[1]], t.pad_token_id)
     assert batch["labels"].tolist() == [1, 0]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
 
 
 def test_labels_that_are_text_become_numbers_and_the_held_out_rows_share_them(tmp_path: Path) -> None:

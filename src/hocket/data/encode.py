@@ -11,6 +11,9 @@ from torch import Tensor
 from hocket.data.templates import IGNORE, TEXT, Unusable, check_fields, pick, render
 from hocket.errors import DataError, nearest
 
+PAIRS = (("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"))
+HIDDEN = "hidden label (-1, as in GLUE's test parts)"
+
 
 class Encoded(Sequence[dict[str, Any]]):
     """Encoded rows, stored as flat int32 tensors with offsets (8 bytes a token), read like a list.
@@ -92,10 +95,11 @@ def encode(
         check_fields(fields, dataset.column_names)
     if task == "classification" and classes is None:
         classes = text_labels(dataset, fields)
+    mark = between(tokenizer) if task == "classification" else ""
     for i, row in enumerate(dataset):
         try:
             if task == "classification":
-                out.append(_classify(row, tokenizer, max_length, fields, classes or ()))
+                out.append(_classify(row, tokenizer, max_length, fields, classes or (), mark))
             else:
                 out += render(row, tokenizer, template, max_length, fields)
             kept += [i] * (len(out) - len(kept))
@@ -104,7 +108,10 @@ def encode(
     if not out:
         reasons = ", ".join(f"{k} ({len(v)})" for k, v in skipped.items())
         columns = ", ".join(getattr(dataset, "column_names", []))
-        raise DataError(f"no row can be used: {reasons}; columns are {columns}: name them in data.fields")
+        advice = f"columns are {columns}: name them in data.fields"
+        if set(skipped) == {HIDDEN}:
+            advice = "take a part that has labels, on a hub for example 'nyu-mll/glue:mrpc:validation'"
+        raise DataError(f"no row can be used: {reasons}; {advice}")
     return Encoded(out), kept, skipped
 
 
@@ -115,33 +122,40 @@ def text_labels(dataset: Any, fields: Mapping[str, str]) -> list[str]:
     return sorted({v.strip() for v in values if isinstance(v, str)} - {""})
 
 
+def between(tokenizer: Any) -> str:
+    """What to put between two texts: nothing if the tokenizer has a mark for it, as an encoder's does, else a newline.
+
+    Most decoders' tokenizers join two texts with nothing between, so that nobody can tell where the first ends.
+    """
+    special = tokenizer("a", "a", return_special_tokens_mask=True)["special_tokens_mask"]
+    return "" if 1 in special[special.index(0) : -special[::-1].index(0) or None] else "\n"
+
+
 def _classify(
-    row: Mapping[str, Any], tokenizer: Any, max_length: int, fields: Mapping[str, str], classes: Sequence[str]
-) -> dict[str, Any]:
-    """Text or a pair of texts, and its label."""
-    pairs = (
-        ("sentence1", "sentence2"),
-        ("question1", "question2"),
-        ("premise", "hypothesis"),
-        ("question", "sentence"),
-    )
+    row: Mapping[str, Any], tokenizer: Any, max_length: int, fields: Mapping[str, str], classes: Sequence[str],
+    mark: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Text or a pair of texts, and its label. The longer text of a pair is cut first, and `mark` never is."""
     if "text" in fields:
         first, second = pick(row, "text", TEXT, fields), pick(row, "pair", (), fields) if "pair" in fields else ""
     else:
-        found = next(((a, b) for a, b in pairs if a in row and b in row), None)
-        first, second = (str(row[found[0]]), str(row[found[1]])) if found else (pick(row, "text", TEXT, fields), "")
+        given = next(((a, b) for a, b in PAIRS if row.get(a) is not None and row.get(b) is not None), None)
+        first, second = map(str, (row[c] for c in given)) if given else (pick(row, "text", TEXT, fields), "")
     label = row.get(fields.get("label", "label"))
-    if not first:
+    if not first.strip():
         raise Unusable("no text")
     if isinstance(label, str) and (name := label.strip()):
         if name not in classes:
             hint = nearest(name, classes)
             raise DataError(f"held-out label '{name}' is not in data.source; mend it or leave its rows out{hint}")
         label = classes.index(name)
+    if label == -1:
+        raise Unusable(HIDDEN)
     if not isinstance(label, int) or label < 0:
         raise Unusable("no label (text, or a whole number from 0)")
-    found_ids = tokenizer(first, second or None, truncation=True, max_length=max_length)
-    return {k: list(found_ids[k]) for k in ("input_ids", "token_type_ids") if k in found_ids} | {"labels": label}
+    pair = mark + second if second.strip() else None
+    found = tokenizer(first, pair, truncation=True, max_length=max_length)
+    return {k: list(found[k]) for k in ("input_ids", "token_type_ids") if k in found} | {"labels": label}
 
 
 def collate(examples: Sequence[Mapping[str, Any]], pad_id: int, pad_to_multiple: int = 1) -> dict[str, Tensor]:

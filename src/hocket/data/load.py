@@ -25,8 +25,10 @@ def load(source: str | Path, *, split: str = "train", limit: int | None = None) 
     Args:
         source: a `.jsonl`, `.jsonl.gz`, `.json` (a list of objects) or `.parquet` file; a `.txt`, `.raw` or `.tokens`
             file of plain text (see `_text`); a folder that holds one of these named after `split`; `docstrings`;
-            anything else is a hub id, for `datasets.load_dataset`.
-        split: "train" or "test" (for a folder or a hub id; the held-out tenth of `docstrings`).
+            anything else is a hub id, for `datasets.load_dataset`: `owner/name`, `owner/name:config`, or with a split
+            of its own, `owner/name:config:split` (`owner/name::split`).
+        split: "train" or "test" (for a folder or a hub id; the held-out tenth of `docstrings`). "test" is the test
+            part, or else the validation part.
         limit: most rows, from the beginning.
 
     Raises:
@@ -51,8 +53,13 @@ def load(source: str | Path, *, split: str = "train", limit: int | None = None) 
     return rows.select(range(min(limit, len(rows)))) if limit else rows
 
 
+def _names(split: str) -> list[str]:
+    """What a split may be called, first choice first."""
+    return ["test", "validation", "dev", "valid"] if split == "test" else [split]
+
+
 def _in_folder(folder: Path, split: str) -> Path:
-    names = [split, *(["validation", "dev", "valid"] if split == "test" else [])]
+    names = _names(split)
     for name in names:
         for suffix in SUFFIXES:
             if (folder / f"{name}{suffix}").is_file():
@@ -179,12 +186,21 @@ def _list(text: str) -> Iterator[tuple[int, Any, str]]:
 
 
 def _hub(source: str, split: str) -> datasets.Dataset:
-    name, _, config = source.partition(":")
+    name, config, own, *more = [*source.split(":"), "", ""]
+    if any(more) or not name:
+        raise DataError(f"data source '{source}': write hub sets as 'owner/name', with ':config' or ':config:split'")
     try:
-        return datasets.load_dataset(name, config or None, split=split)
+        splits = datasets.load_dataset(name, config or None)
     except Exception as error:  # the hub's client raises many kinds
+        said = " ".join(str(error).splitlines()[:2])  # the second line may list the configurations
         raise DataError(
-            f"data.source '{source}' is no file here, and the hub has no such set or cannot be reached "
-            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); write hub sets as "
-            f"'owner/name' or 'owner/name:config'"
+            f"data source '{source}' is no file here, and the hub has no such set or cannot be reached "
+            f"({type(error).__name__}: {said}); write hub sets as 'owner/name', 'owner/name:config' or "
+            f"'owner/name:config:split'"
         ) from error
+    for choice in [own] if own else _names(split):
+        if choice in splits:
+            return splits[choice]
+    wanted = f"'{own}'" if own else " or ".join(_names(split))
+    there = ", ".join(splits)
+    raise DataError(f"data source '{source}' has no split {wanted}, only {there}; name one: 'owner/name:config:split'")

@@ -30,7 +30,7 @@ class Prepared:
         heldout: encoded rows that nobody trains on, with their `group` where the set has one.
         own: for each client, encoded rows of its own that nobody trains on; empty if none were asked for.
         names: what to call each client.
-        skipped: reason -> row numbers that cannot be used, in the source.
+        skipped: reason -> row numbers that cannot be used, in the source, or ("held out: ...") in the held-out rows.
         summary: for each client its rows to train on, most frequent labels, and `heldout` rows of its own, if any.
         classes: labels of a classification that are text; a label's place is its number.
         words: words of the held-out rows, if they are text alone.
@@ -78,6 +78,8 @@ def prepare(
     files = [Path(p) for p in (source, heldout_source) if p is not None and Path(p).is_file()]
     if len(files) == 2 and files[0].samefile(files[1]):
         raise DataError(f"data.heldout_source: '{heldout_source}' is data.source itself; rows would be trained on")
+    if heldout_source == source and source.count(":") > 1:
+        raise DataError(f"data.heldout_source: '{source}' is data.source itself; name another split of the set")
     held = None if heldout_source is None else load(heldout_source, split="test")
     if source == "docstrings":
         column = column or "package"
@@ -121,7 +123,8 @@ def prepare(
     if kind == "natural":
         names = [", ".join(dict.fromkeys(labels[i] for i in p)) for p in parts]
         names = [n if len(n) <= 40 else n[:37] + "..." for n in names]
-    heldout, held_kept, _ = encode(held, tokenizer, **options)
+    heldout, held_kept, held_skipped = encode(held, tokenizer, **options)
+    skipped |= {f"held out: {reason}": numbers for reason, numbers in held_skipped.items()}
     if task == "classification" and num_labels is not None:
         top = max(int(e.labels.max()) for e in (rows, heldout))
         if top >= num_labels:

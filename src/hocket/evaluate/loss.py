@@ -2,7 +2,10 @@
 
 Interval of the mean loss: with row i having loss sum x_i over m_i label tokens, the ratio R = sum x / sum m has
 variance n / (n - 1) sum (x_i - R m_i)^2 / (sum m)^2 (ratio estimator, rows as clusters). Shares: Wilson, "Probable
-inference, the law of succession, and statistical inference", JASA 22, 1927.
+inference, the law of succession, and statistical inference", JASA 22, 1927. F1 = 2 TP / (2 TP + FP + FN) of one class
+is 2 J / (1 + J) with J = TP / (TP + FP + FN), a share of the rows that are of the class or are called so: Wilson's
+interval of J, mapped ("Wilson indirect", Lam et al., https://arxiv.org/abs/2309.14621). Macro F1, a mean of ratios over
+the same rows: the delta method, which is the ratio estimator's formula with the classes' terms summed.
 """
 
 from __future__ import annotations
@@ -43,8 +46,8 @@ def heldout(
 
     Returns:
         `loss` (nats a label token, or a row), `loss_low`, `loss_high`, `perplexity` (causal), `n` rows, `tokens`; for
-        classification `accuracy` with `accuracy_low`, `accuracy_high`, and `f1` (of class 1, or macro beyond two
-        classes); `groups`, the loss of each group, where rows have one.
+        classification `accuracy` and `f1` (of class 1, or macro beyond two classes), each with `_low` and `_high`;
+        `groups`, the loss of each group, where rows have one.
 
     Raises:
         Interrupted: `interrupted`, asked before every batch, said yes.
@@ -103,15 +106,30 @@ def _ratio(sums: torch.Tensor, counts: torch.Tensor) -> tuple[float, float, floa
 
 
 def _shares(pairs: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """Accuracy and F1 from (label, guess) pairs."""
+    """Accuracy and F1 with their intervals, from (label, guess) pairs."""
     hits = sum(a == b for a, b in pairs)
     low, high = wilson(hits, len(pairs))
-
-    def f1(c: int) -> float:
-        both = sum(a == c == b for a, b in pairs)
-        wrong = sum((a == c) != (b == c) for a, b in pairs)
-        return 2 * both / (2 * both + wrong) if both + wrong else 0.0
-
+    out = {"accuracy": hits / len(pairs), "accuracy_low": low, "accuracy_high": high}
     classes = sorted({x for p in pairs for x in p})
-    f = f1(1) if set(classes) <= {0, 1} else sum(map(f1, classes)) / len(classes)
-    return {"accuracy": hits / len(pairs), "accuracy_low": low, "accuracy_high": high, "f1": f}
+    one = set(classes) <= {0, 1}
+    f_low, f, f_high = _f1(pairs) if one else _macro(pairs, classes)
+    return out | {"f1": f, "f1_low": f_low, "f1_high": f_high}
+
+
+def _f1(pairs: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
+    """Lower end, estimate and upper end of the F1 of class 1."""
+    both, either = sum(a == 1 == b for a, b in pairs), sum(1 in p for p in pairs)
+    low, high = wilson(both, either)
+    return 2 * low / (1 + low), 2 * both / (either + both) if either else 0.0, 2 * high / (1 + high)
+
+
+def _macro(pairs: Sequence[tuple[int, int]], classes: Sequence[int]) -> tuple[float, float, float]:
+    """The same of the mean F1 over classes."""
+    label, guess = torch.tensor(pairs).T
+    mean, terms = 0.0, torch.zeros(len(pairs), dtype=torch.float64)
+    for c in classes:
+        x, m = 2.0 * ((label == c) & (guess == c)).double(), (label == c).double() + (guess == c).double()
+        f = float(x.sum() / m.sum())
+        mean, terms = mean + f / len(classes), terms + (x - f * m) / m.sum() / len(classes)
+    spread = math.sqrt(len(pairs) / (len(pairs) - 1) * float((terms**2).sum())) if len(pairs) > 1 else math.nan
+    return max(0.0, mean - Z * spread), mean, min(1.0, mean + Z * spread)
