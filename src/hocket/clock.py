@@ -40,6 +40,10 @@ class Device:
     ] = None
     memory_gb: Annotated[float | None, Field(gt=0, description="memory of the machine, for the plan's warning")] = None
 
+    rank: Annotated[
+        int | None, Field(ge=1, description="adapter rank it can afford, for methods of unequal ranks; none: all of it")
+    ] = None
+
     def __post_init__(self) -> None:
         last = 0.0
         for start, end in self.online:

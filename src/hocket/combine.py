@@ -29,6 +29,11 @@ class Lazy(Mapping[str, Tensor]):
         return len(self._names)
 
 
+def part(tree: Mapping[str, Tensor], wanted: Callable[[str], bool]) -> Lazy:
+    """The tensors of `tree` whose names are wanted, each made when it is asked for."""
+    return Lazy([k for k in tree if wanted(k)], tree.__getitem__)
+
+
 def mean(
     trees: Sequence[Mapping[str, Tensor]], weights: Sequence[float], shares: Sequence[float] | None = None
 ) -> Iterator[tuple[str, Tensor]]:

@@ -13,7 +13,6 @@ from hocket import data, evaluate, models
 from hocket.client import Setting
 from hocket.data import collate
 from hocket.errors import RecipeError
-from hocket.methods import Client
 from hocket.models import views
 from hocket.models.forward import DTYPES, autocast
 from hocket.recipe import Recipe, parse
@@ -96,8 +95,8 @@ class Experiment:
     def server(self, params: Tree | None = None) -> Server:
         """A server at version 0, its state sharing memory with an fp32 model on the CPU."""
         r = self.recipe
-        clients = [Client(i, n) for i, n in enumerate(self.rows)]
         start = self.trainer.start() if params is None else params
+        clients = r.server_clients(self.rows)
         return Server(self.method, self.schedule, start, clients, r.turns, r.seed, r.clients.preloaded)
 
     def evaluate(self, params: Tree) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,8 +21,9 @@ from hocket.clock import Device
 from hocket.codecs import Codec
 from hocket.codecs.base import codec as codecs
 from hocket.errors import RecipeError, nearest
-from hocket.methods import Method
+from hocket.methods import Client, Method
 from hocket.methods import method as methods
+from hocket.methods.unequal import Unequal
 from hocket.registry import explain
 from hocket.schedules import Schedule
 from hocket.schedules import schedule as schedules
@@ -147,7 +149,26 @@ class Recipe(Section):
                 out.append(TypeAdapter(Device).validate_python(values))
             except ValidationError as error:
                 raise ValueError(explain(error, f"clients.each.{c}")) from error
+        return self._ranked(out)
+
+    def _ranked(self, devices: list[Device]) -> list[Device]:
+        """Devices with ranks out of `clients.ranks`, where they have none of their own, by how fast they are."""
+        ranks, n = sorted(self.clients.ranks), len(devices)
+        order = sorted(range(n), key=lambda c: (-devices[c].step_seconds, devices[c].up_mb_s, devices[c].down_mb_s, c))
+        due = {c: ranks[place * len(ranks) // n] for place, c in enumerate(order)} if ranks else {}
+        out = [replace(d, rank=d.rank or due.get(c)) for c, d in enumerate(devices)]
+        method = methods.build(self.method)
+        top = max(d.rank or 0 for d in out)
+        if isinstance(method, Unequal) and top > method.rank:
+            raise ValueError(f"clients.ranks: a client has rank {top}, the server keeps method.rank = {method.rank}")
         return out
+
+    def server_clients(self, rows: Sequence[int]) -> list[Client]:
+        """What the server knows of each client, given the rows they hold."""
+        return [
+            Client(c, n, {"rank": d.rank} if d.rank else {})
+            for c, (n, d) in enumerate(zip(rows, self.devices(), strict=True))
+        ]
 
     @property
     def hash(self) -> str:

@@ -125,6 +125,10 @@ class ClientsSection(Section):
         description="field of device = factor f; a client's value is multiplied by f^u, u in [0, 1]",
     )
     each: list[dict[str, Any]] = Field(default_factory=list, description="changes to device for client 0, 1, ...")
+    ranks: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list,
+        description="adapter ranks, dealt out evenly, the smallest to the slowest; for methods of unequal ranks",
+    )
 
 
 class CodecSection(Section):

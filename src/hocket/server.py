@@ -102,7 +102,7 @@ class Server:
         heard, patience = self.heard.get(client, -1), self.schedule.at(self).patience
         follows = max([heard, *(j.visit for j in self._jobs(client))])
         job = Job(self.next_id, client, self.version, turn, visit, {}, since, patience, own, heard, follows)
-        if self.schedule.anchored:
+        if self.anchored:
             self.versions[self.version] = self.state["params"]
         self.next_id += 1
         self.visits[client] = visit + 1
@@ -163,7 +163,7 @@ class Server:
             return reason
         self.silence = 0
         self.heard[job.client] = max(job.visit, self.heard.get(job.client, -1))
-        self.buffer.append(update)
+        self.buffer.append(self._read(update))
         if (r := self.rounds.get(update.turn)) is not None:
             r["arrived"] += 1
         return None
@@ -178,6 +178,16 @@ class Server:
         except WireError as error:
             reason = str(error)
         return f"rejected: {reason}" if reason else None
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the versions that clients started from are kept."""
+        return self.schedule.anchored or self.method.anchored
+
+    def _read(self, update: Update) -> Update:
+        if not self.method.anchored:
+            return update
+        return replace(update, payload=self.method.accept(self.versions[update.version], update.payload))
 
     def joined(self, client: int) -> None:
         """The client can be asked from now on."""
@@ -220,19 +230,19 @@ class Server:
             "versions": sum(1 for v in self.versions if v != self.version), "kept": len(self.kept),
             "memory": held(self.state, self.notes, self.versions), "packets": sum(u.bytes for u in read),
         }  # fmt: skip
-        before = self.state.get("params", {})
-        self.state = self.method.at(schedule.rate(self, batch)).step(
-            self.state, [t.update for t in terms], [t.weight for t in terms], [t.share for t in terms]
-        )
+        before, method = self.state, self.method.at(schedule.rate(self, batch))
+        summed = [t.update for t in terms], [t.weight for t in terms], [t.share for t in terms]
+        self.state = method.step(before, *summed)
+        layers = method.layers(before, *summed, self.state)
         self.version += 1
-        for k, v in self.state.get("params", {}).items():
-            if v is not before.get(k):
+        for k, v in self.state["params"].items():
+            if v is not before["params"].get(k):
                 self.changed[k] = self.version
         self.buffer = [u for u in self.buffer if u.job not in taken]
         self.rounds = {t: r for t, r in self.rounds.items() if t >= self.version}
         known = taken | {u.job for u in self.kept}
         self.kept = schedule.remember(self, batch)
-        self.versions[self.version] = self.state.get("params", {})
+        self.versions[self.version] = self.state["params"]
         self._prune()
         losses = [(u.metrics["loss"], u.weight) for u in batch if "loss" in u.metrics]
         total = sum(w for _, w in losses)
@@ -245,20 +255,28 @@ class Server:
             "stalest": max(staleness),
             "loss": sum(x * w for x, w in losses) / total if total else None,
             **holding,
+            **({"layers": layers} if layers else {}),
         }
 
     def against(self, update: Update) -> Update:
         """The update as a whole model's difference to the current one, for the tensors it moves."""
-        then, delta = self.versions[update.version], self.method.effect(update.payload)
-        return replace(update, payload=against(delta, then, self.state["params"]))
+        delta, model = self.method.effect(update.payload), self.method.model
+        return replace(
+            update, payload=against(delta, model(self.versions[update.version]), model(self.state["params"]))
+        )
 
     def difference(self, names: Iterable[str], version: int) -> Mapping[str, Tensor]:
         """theta_version - theta_now of these tensors, each when it is asked for."""
-        return difference(self.versions[version], self.state["params"], names)
+        return difference(self.method.model(self.versions[version]), self.model, names)
+
+    @property
+    def model(self) -> Mapping[str, Tensor]:
+        """The tensors of which effects are differences, as they are now."""
+        return self.method.model(self.state["params"])
 
     def _prune(self) -> None:
         """Forget versions that nothing refers to."""
-        if self.schedule.anchored:
+        if self.anchored:
             wanted = {j.version for j in self.outstanding.values()} | {u.version for u in (*self.buffer, *self.kept)}
             wanted |= {self.version} | self.schedule.pins(self)
             self.versions = {v: tree for v, tree in self.versions.items() if v in wanted}
@@ -307,5 +325,5 @@ class Server:
         for job in self.outstanding.values():
             self.at_work.setdefault(job.client, set()).add(job.id)
         self.buffer, self.kept = (
-            [Update(**u, payload=payload(u["job"])) for u in saved[name]] for name in ("buffer", "kept")
+            [self._read(Update(**u, payload=payload(u["job"]))) for u in saved[name]] for name in ("buffer", "kept")
         )

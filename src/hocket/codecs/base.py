@@ -105,6 +105,8 @@ class Decoded(Mapping[str, Tensor]):
             self._parts.setdefault(key.partition("|")[0], []).append(key)
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self._parts:
+            raise KeyError(name)
         try:
             parts = {key.partition("|")[2]: self.packet[key] for key in self._parts[name]}
             return self.codec.unpack(parts, self.packet.meta["tensors"].get(name))

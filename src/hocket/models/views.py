@@ -7,6 +7,7 @@ peft adds, and a new classification head. The frozen rest is one copy, shared by
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from hocket.errors import RecipeError
 from hocket.methods import Method
 from hocket.methods.blocks import LAYER
+from hocket.methods.lora import A
 from hocket.tree import Tree, generator
 
 
@@ -28,11 +30,13 @@ class View:
         model: the transformers or peft model; its parameters outside the view are frozen.
         params: logical name to parameter.
         transposed: names of parameters that the model keeps as in x out; outside they are out x in, as in nn.Linear.
+        scale: s of a module's adapter at a rank. Factors of any rank may be put in place, and peft's scale follows.
     """
 
     model: Any
     params: dict[str, nn.Parameter]
     transposed: frozenset[str] = frozenset()
+    scale: Callable[[str, int], float] | None = None
 
     def __post_init__(self) -> None:
         for p in self.model.parameters():
@@ -54,6 +58,9 @@ class View:
             if self._placed.get(k) is not v:
                 self.params[k].data = self.turned(k, v.to(self.device))
                 self._placed[k] = v
+                if self.scale and k.endswith(A):
+                    module = k.removesuffix(A)
+                    self.model.get_submodule(module).scaling["default"] = self.scale(module, len(v))
 
     def turned(self, name: str, x: Tensor) -> Tensor:
         """Between the model's layout of a parameter and the one outside."""
@@ -140,7 +147,7 @@ def _lora(model: Any, method: Any, task: str, seed: int) -> View:
     bases = {k.replace(".lora_A.", ".base_layer.") for k in params if ".lora_A." in k}
     if method.merges and (lost := sorted(bases - params.keys())):
         raise RecipeError(f"method.targets: '{lost[0]}' is tied to other weights; nothing can be merged into it alone")
-    return View(wrapped, params, frozenset(transposed))
+    return View(wrapped, params, frozenset(transposed), method.scale)
 
 
 def _kaiming(like: Tensor, g: torch.Generator) -> Tensor:

@@ -59,7 +59,7 @@ class CA2FL(Buffered):
         return True
 
     def refuses(self, method: Method) -> str | None:
-        if self.carries and not method.increments:
+        if self.carries and (method.anchored or not method.increments):
             return f"schedule.caches: '{method.name}' sends new factors each time; use caches = 'server'"
         return super().refuses(method)
 
@@ -71,7 +71,7 @@ class CA2FL(Buffered):
         def direction(name: str) -> Tensor:
             held = [(tree, w) for tree, w in changes if name in tree]
             divisor = total if self.news == "clients" else sum(w for _, w in held)
-            out = torch.zeros_like(server.state["params"][name])
+            out = torch.zeros_like(server.model[name])
             for tree, w in held:
                 out.add_(tree[name], alpha=w / divisor)
             return out.add_(sums[name], alpha=1 / total) if name in sums else out

@@ -76,7 +76,7 @@ class FedFa(Async):
             for count in sorted({self.window - held[k] for k in names} - {0}):
                 rest = [k for k in names if self.window - held[k] == count]
                 weight = count * sum(u.weight for u in [*server.kept, *batch]) / (len(server.kept) + len(batch))
-                zero = Lazy(rest, lambda k: torch.zeros_like(server.state["params"][k]))
+                zero = Lazy(rest, lambda k: torch.zeros_like(server.model[k]))
                 blank = server.difference(rest, server.method.prelude) if self.anchored else zero
                 terms.append(Term(replace(batch[0], payload=blank), weight, weight))
         return terms
@@ -91,7 +91,8 @@ class FedFa(Async):
         return {server.method.prelude} if short else set()
 
     def _tree(self, server: Server, update: Update) -> Mapping[str, Tensor]:
-        return server.method.effect(update.payload) if self.anchored else update.payload
+        method = server.method  # a window of tensors: what can be read only as a whole is its effect
+        return method.effect(update.payload) if self.anchored or method.anchored else update.payload
 
     def _window(self, server: Server, batch: list[Update]) -> list[tuple[Update, list[str]]]:
         """Updates with those of their tensors of which they are among the last `window`, oldest first."""

@@ -66,7 +66,7 @@ class SAFA(Async):
         synced = self._synced(server)
 
         def direction(name: str) -> Tensor:
-            out, total = torch.zeros_like(server.state["params"][name]), 0.0
+            out, total = torch.zeros_like(server.model[name]), 0.0
             for c in sorted(server.clients):
                 w, u = weights.get(c, usual), caches.get((c, name))
                 total += w
