@@ -175,6 +175,8 @@ def _perform(toml: str, folder: str) -> dict[str, Any]:
         "curve": found.curve("t"), "moved": [x for x, _ in found.curve("bytes")], "clients": last.get("clients"),
         "jobs": [int(c["jobs"]) for _, c in sorted(found.clients.items())],
         "wall_seconds": found.manifest["wall_seconds"], "accuracy": s["accuracy"], "gsm8k": s["gsm8k"],
+        "f1": last.get("f1"), "error": [x for _, x in found.layers("error")],
+        "effective_rank": [x for _, x in found.layers("rank")],
     }  # fmt: skip
 
 
@@ -201,12 +203,14 @@ def summary(study: Study, chosen: Mapping[str, Chosen], runner: Runner) -> dict[
             "loss": statistics.fmean(losses),
             "sd": statistics.stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else None,
             "difference": paired(losses, [runs[versus][s]["loss"] for s in study.seeds]) if name != versus else None,
-            **{k: mean(k) for k in ("accuracy", "gsm8k") if all(r[k] is not None for r in by_seed.values())},
+            **{k: mean(k) for k in ("accuracy", "f1", "gsm8k") if all(r[k] is not None for r in by_seed.values())},
             **{k: mean(k) for k in ("virtual_seconds", "up_bytes", "down_bytes", "catch_up_bytes", "wall_seconds")},
             "turns": next(iter(by_seed.values()))["turns"],
             "local_steps": mean("local_steps"),
             "curves": [by_seed[s]["curve"] for s in study.seeds],
             **{k: [by_seed[s][k] for s in study.seeds] for k in ("moved", "clients", "jobs")},
+            **{k: [by_seed[s][k] for s in study.seeds] for k in ("error", "effective_rank")},
+            "client_memory": _memory(next(iter(study.runs(chosen[name].variant, chosen[name].rate).values()))),
             "reached": [first(by_seed[s]["curve"], goal[s]) for s in study.seeds],
             "reached_bytes": [
                 first([(x, y) for x, (_, y) in zip(by_seed[s]["moved"], by_seed[s]["curve"], strict=True)], goal[s])
@@ -219,6 +223,14 @@ def summary(study: Study, chosen: Mapping[str, Chosen], runner: Runner) -> dict[
         "versus": versus, "heldout_rows": sorted({r["heldout_rows"] for r in everything}),
         "base_loss": statistics.fmean(base) if base else None, "variants": rows,
     }  # fmt: skip
+
+
+def _memory(recipe: Recipe) -> list[int]:
+    """Bytes that the least and the most demanding client need, by the plan."""
+    from hocket.plan import plan
+
+    totals = [c["memory"].total for c in plan(recipe, [recipe.data.min_rows] * recipe.clients.count)["clients"]]
+    return [min(totals), max(totals)]
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float] | None:

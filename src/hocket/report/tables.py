@@ -89,6 +89,12 @@ class Run:
         return [(moved.get(e["version"], 0.0) if x == "bytes" else float(e[x]), e["loss"]) for e in self.evals]
 
 
+    def layers(self, what: str) -> list[tuple[float, float]]:
+        """(version, mean over modules) of a step's `error` or `rank`, where the method writes them down."""
+        noted = [(float(s["version"]), s["layers"].values()) for s in self.steps if s.get("layers")]
+        return [(v, sum(m[what] for m in rows) / len(rows)) for v, rows in noted]
+
+
 def first(curve: Sequence[tuple[float, float]], goal: float) -> float | None:
     """Where a curve of (x, loss) points, joined by lines, first is at most `goal`; None if it never is."""
     before: tuple[float, float] | None = None
