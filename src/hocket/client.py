@@ -24,7 +24,7 @@ from hocket.tree import Tree
 
 SENT, CARRIED = "sent/", "carried/"  # in a client's memory
 
-Weighting = Literal["examples", "rows", "uniform"]
+Weighting = Literal["examples", "tokens", "rows", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Setting:
         ahead: turns a client may be ahead of the server; 0 keeps no own updates.
         carries: send what changed since the last update that counted (see `ca2fl`).
         turns, seed: of the run.
-        weighting: what an update weighs: the examples it was trained on, the rows the client holds, or 1.
+        weighting: what an update weighs: the examples it was trained on, the label tokens that its losses were means
+            over, the rows the client holds, or 1.
         trainer: local optimization.
     """
 
@@ -113,7 +114,8 @@ def work(
             if setting.carries:
                 known[CARRIED + k] = past[CARRIED + k] + sent[k] if CARRIED + k in past else sent[k]
     keep |= {f"{SENT}{job.visit}/{k}": v for k, v in known.items() if v is not past.get(k)}
-    weight = {"examples": local.metrics.get("examples", 1.0), "rows": float(rows), "uniform": 1.0}[setting.weighting]
+    trained = {k: local.metrics.get(k, 1.0) for k in ("examples", "tokens")}
+    weight = {**trained, "rows": float(rows), "uniform": 1.0}[setting.weighting]
     raw = sent_raw(wire.Packet(blob, check=False).meta)
     return Result(blob, keep, weight, local.metrics, setting.codec.work(update), raw)
 

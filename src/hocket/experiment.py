@@ -42,7 +42,8 @@ def prepare(recipe: Recipe, tokenizer: Any) -> data.Prepared:
         task=recipe.model.task, num_labels=recipe.model.num_labels, template=d.template, fields=d.fields or None,
         max_length=d.max_length,
         packing=d.packing, kind=d.partition, clients=recipe.clients.count, column=d.column, alpha=d.alpha,
-        clusters=d.clusters, min_rows=d.min_rows, fill=d.fill, limit=d.limit, heldout_limit=d.heldout_limit,
+        clusters=d.clusters, bins=d.bins, equal=d.equal, corruption=d.corruption, corruption_alpha=d.corruption_alpha,
+        min_rows=d.min_rows, fill=d.fill, limit=d.limit, heldout_limit=d.heldout_limit,
         client_heldout=d.client_heldout, packages=d.packages or None, seed=recipe.seed,
     )  # fmt: skip
 

@@ -196,6 +196,7 @@ def _write_manifest(
             "id": i, "name": name, "rows": rows, "step_seconds": d.step_seconds, "down_mb_s": d.down_mb_s,
             "up_mb_s": d.up_mb_s, "latency": d.latency, "local_steps": steps,
             "heldout": len(experiment.data.own[i]) if experiment.data.own else 0,
+            **{k: experiment.data.summary[i][k] for k in ("cut", "lost", "corrupted")},
         }
         for i, (name, rows, d, steps) in enumerate(
             zip(experiment.data.names, experiment.rows, recipe.devices(), experiment.steps, strict=True)
@@ -213,6 +214,7 @@ def _write_manifest(
             "clients": clients,
             "skipped": {k: len(v) for k, v in experiment.data.skipped.items()},
             "heldout_rows": len(experiment.data.heldout),
+            "heldout_cut": int((experiment.data.heldout.cut > 0).sum()),
             "classes": experiment.data.classes,
             "wall_seconds": round(wall, 3),
             "method": recipe.method["name"],

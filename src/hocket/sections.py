@@ -58,10 +58,18 @@ class DataSection(Section):
     template: Literal["auto", "chat", "alpaca", "plain"] = Field("auto", description="how a row becomes text")
     max_length: int = Field(256, ge=8, description="tokens of a row; longer ones are cut, text alone is split")
     packing: bool = Field(False, description="join rows up to max_length")
-    partition: Literal["iid", "dirichlet", "natural", "clusters"] = Field("iid", description="how rows go to clients")
+    partition: Literal["iid", "dirichlet", "natural", "clusters", "lengths"] = Field(
+        "iid", description="how rows go to clients"
+    )
     column: Annotated[str | None, Field(description="label column of dirichlet and natural")] = None
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small is unequal")
     clusters: int = Field(8, ge=2, description="text clusters of partition `clusters`")
+    bins: int = Field(4, ge=2, description="bins of partition `lengths`, each of about equally many rows")
+    equal: bool = Field(False, description="dirichlet, clusters and lengths give every client equally many rows")
+    corruption: float = Field(
+        0.0, ge=0, lt=1, description="share of training answers that are spoiled, mean over clients"
+    )
+    corruption_alpha: float = Field(1.0, gt=0, description="a + b of the Beta of clients' shares; large is equal")
     min_rows: int = Field(1, ge=1, description="fewest rows a client may get")
     fill: bool = Field(False, description="clients with fewer rows than min_rows take some from whoever has most")
     packages: list[str] = Field(default_factory=list, description="packages of `docstrings`; empty: a default list")
@@ -114,7 +122,9 @@ class ClientsSection(Section):
     """How many clients, and what machines and links they have."""
 
     count: int = Field(4, ge=1, description="number of clients")
-    weighting: Weighting = Field("examples", description="an update weighs examples trained on, rows held, or 1")
+    weighting: Weighting = Field(
+        "examples", description="an update weighs examples trained on, label tokens trained on, rows held, or 1"
+    )
     preloaded: bool = Field(True, description="clients hold the start model before the run, so it costs no bytes")
     catch_up: Literal["charged", "free"] = Field(
         "charged", description="a client's downloads of what it missed: charged as they are, or free (still listed)"

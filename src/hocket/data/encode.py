@@ -22,6 +22,7 @@ class Encoded(Sequence[dict[str, Any]]):
         offsets: (rows + 1,) where each row starts.
         ids, labels: (tokens,) flat; `labels` is (rows,) for classification.
         types: (tokens,) flat `token_type_ids` (which text of a pair), or None where the tokenizer gives none.
+        cut: (rows,) tokens that each row lost at max_length.
         groups: a partition value for each row, or empty.
     """
 
@@ -34,6 +35,7 @@ class Encoded(Sequence[dict[str, Any]]):
         self.labels = torch.tensor(list(flat), dtype=torch.int32)
         typed = bool(rows) and "token_type_ids" in rows[0]
         self.types = torch.tensor([t for r in rows for t in r["token_type_ids"]], dtype=torch.int32) if typed else None
+        self.cut = torch.tensor([r.get("cut", 0) for r in rows], dtype=torch.int32)
         self.groups = list(groups)
 
     def __len__(self) -> int:
@@ -60,7 +62,15 @@ class Encoded(Sequence[dict[str, Any]]):
 
     def plain(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The rows at `indices` as lists of numbers."""
-        return [{k: _list(v) for k, v in self[i].items() if k != "group"} for i in indices]
+        lists = [{k: _list(v) for k, v in self[i].items() if k != "group"} for i in indices]
+        return [row | {"cut": int(self.cut[i])} for row, i in zip(lists, indices, strict=True)]
+
+    def replaced(self, indices: Sequence[int], rows: Encoded) -> Encoded:
+        """These rows with those at `indices` replaced by `rows`, one by one."""
+        new = self.plain(range(len(self)))
+        for i, row in zip(indices, rows.plain(range(len(rows))), strict=True):
+            new[i] = row
+        return Encoded(new, self.groups)
 
     def packed(self, max_length: int) -> Encoded:
         """These rows joined end to end up to `max_length` tokens, in their order."""
@@ -69,8 +79,9 @@ class Encoded(Sequence[dict[str, Any]]):
             if packs and len(packs[-1]["input_ids"]) + len(row["input_ids"]) <= max_length:
                 packs[-1]["input_ids"] += row["input_ids"]
                 packs[-1]["labels"] += [IGNORE, *row["labels"][1:]]  # the row before does not predict this one's start
+                packs[-1]["cut"] += row["cut"]
             else:
-                packs.append({"input_ids": row["input_ids"], "labels": row["labels"]})
+                packs.append(row)
         return Encoded(packs)
 
     @property
@@ -154,8 +165,11 @@ def _classify(
     if not isinstance(label, int) or label < 0:
         raise Unusable("no label (text, or a whole number from 0)")
     pair = mark + second if second.strip() else None
-    found = tokenizer(first, pair, truncation=True, max_length=max_length)
-    return {k: list(found[k]) for k in ("input_ids", "token_type_ids") if k in found} | {"labels": label}
+    whole = found = tokenizer(first, pair, verbose=False)  # longer than the model's longest is no concern yet
+    if len(whole["input_ids"]) > max_length:
+        found = tokenizer(first, pair, truncation=True, max_length=max_length)
+    row = {k: list(found[k]) for k in ("input_ids", "token_type_ids") if k in found}
+    return row | {"labels": label, "cut": len(whole["input_ids"]) - len(found["input_ids"])}
 
 
 def collate(examples: Sequence[Mapping[str, Any]], pad_id: int, pad_to_multiple: int = 1) -> dict[str, Tensor]:

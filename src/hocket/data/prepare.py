@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from hocket.data import docstrings
+from hocket.data import corrupt, docstrings
 from hocket.data.encode import Encoded, encode, text_labels
 from hocket.data.load import load
-from hocket.data.partition import partition, summary
+from hocket.data.partition import length_bin, length_edges, partition, summary
 from hocket.data.templates import ANSWER, CONTEXT, PROMPT, TEXT, alone, pick
 from hocket.errors import DataError
 from hocket.tree import generator
@@ -31,7 +31,8 @@ class Prepared:
         own: for each client, encoded rows of its own that nobody trains on; empty if none were asked for.
         names: what to call each client.
         skipped: reason -> row numbers that cannot be used, in the source, or ("held out: ...") in the held-out rows.
-        summary: for each client its rows to train on, most frequent labels, and `heldout` rows of its own, if any.
+        summary: for each client its rows to train on, most frequent labels, rows `cut` at max_length and the tokens
+            `lost` by that, `corrupted` rows, and `heldout` rows of its own, if any.
         classes: labels of a classification that are text; a label's place is its number.
         words: words of the held-out rows, if they are text alone.
     """
@@ -47,10 +48,12 @@ class Prepared:
 
     def table(self) -> Table:
         """The summary, for printing."""
-        table = Table("client", "rows", "tokens", "labels", *(["held out"] if self.own else []))
+        heads = {"lost": "tokens cut off", "cut": "rows cut", "corrupted": "rows spoiled", "heldout": "held out"}
+        more = [k for k in heads if any(row.get(k) for row in self.summary)]
+        table = Table("client", "rows", "tokens", "labels", *(heads[k] for k in more))
         for row, rows in zip(self.summary, self.clients, strict=True):
-            own = [str(row["heldout"])] if self.own else []
-            table.add_row(row["client"], str(row["rows"]), str(rows.tokens), row["labels"], *own)
+            counts = (str(row[k]) for k in more)
+            table.add_row(row["client"], str(row["rows"]), str(rows.tokens), row["labels"], *counts)
         for reason, numbers in sorted(self.skipped.items()):
             shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
             table.add_row("not used", str(len(numbers)), "", f"{reason}: rows {shown}")
@@ -61,15 +64,17 @@ def prepare(
     source: str, tokenizer: Any, *, heldout_source: str | None = None, heldout_fraction: float = 0.1,
     task: str = "causal", num_labels: int | None = None, template: str = "auto",
     fields: Mapping[str, str] | None = None, max_length: int = 256, packing: bool = False, kind: str = "iid",
-    clients: int = 4, column: str | None = None, alpha: float = 0.5, clusters: int = 8, min_rows: int = 1,
-    fill: bool = False, limit: int | None = None, heldout_limit: int | None = None, client_heldout: int = 0,
+    clients: int = 4, column: str | None = None, alpha: float = 0.5, clusters: int = 8, bins: int = 4,
+    equal: bool = False, corruption: float = 0.0, corruption_alpha: float = 1.0, min_rows: int = 1, fill: bool = False,
+    limit: int | None = None, heldout_limit: int | None = None, client_heldout: int = 0,
     packages: Sequence[str] | None = None, seed: int = 0,
 ) -> Prepared:  # fmt: skip
     """Load, hold out, encode, drop what cannot be used, then partition what is left.
 
     The held-out rows are those of `heldout_source`, or the built-in share of `docstrings`, or a share drawn by `seed`.
     Equal rows stay on one side of that draw. Then `client_heldout` rows of each client are drawn, and nobody trains on
-    those either. Packing joins rows of one client only, and never held-out rows.
+    those either. What is left is spoiled at the rate `corruption`; who gets which rows does not depend on that. Packing
+    joins rows of one client only, and never held-out rows.
 
     Raises:
         DataError: as `load`, `encode` and `partition` do.
@@ -114,9 +119,10 @@ def prepare(
         "task": task, "template": template, "max_length": max_length, "fields": fields, "classes": classes
     }  # fmt: skip
     rows, kept, skipped = encode(train, tokenizer, **options)
-    usable = train.select(kept)
+    usable, lengths = train.select(kept), _lengths(rows, kept)
     parts, labels = partition(
-        usable, kind, clients, seed, column=column, alpha=alpha, clusters=clusters, min_rows=min_rows, fill=fill,
+        usable, kind, clients, seed, column=column, alpha=alpha, clusters=clusters, lengths=lengths, bins=bins,
+        equal=equal, min_rows=min_rows, fill=fill,
         text=lambda r: " ".join(filter(None, (pick(r, k, n, fields) for k, n in TEXTS))),
     )  # fmt: skip
     names = [f"client {i}" for i in range(clients)]
@@ -129,23 +135,45 @@ def prepare(
         top = max(int(e.labels.max()) for e in (rows, heldout))
         if top >= num_labels:
             raise DataError(f"model.num_labels is {num_labels}, but labels go from 0 to {top}; set it to {top + 1}")
-    if column in held.column_names:
-        heldout = Encoded(heldout.plain(range(len(heldout))), [str(v) for v in held.select(held_kept)[column]])
+    groups: list[str] = []
+    if kind == "lengths":
+        edges = length_edges(lengths, bins)
+        groups = [length_bin(n, edges) for n in _lengths(heldout, held_kept)]
+    elif column in held.column_names:
+        groups = [str(v) for v in held.select(held_kept)[column]]
+    heldout = Encoded(heldout.plain(range(len(heldout))), groups)
     own: list[Encoded] = []
     if client_heldout:
         parts, outs, twice = _hold_back([repr(sorted(r.items())) for r in usable], parts, client_heldout, seed)
         own = [rows.subset(o) for o in outs]
         if twice:
             skipped["equal to a row that another client holds out"] = [kept[i] for i in twice]
+    spoiled: list[list[int]] = [[] for _ in parts]
+    if corruption:
+        if task == "classification":
+            raise DataError("data.corruption: it spoils the words of answers; a classification has labels only")
+        spoiled = corrupt.choose(parts, corrupt.rates(corruption, corruption_alpha, clients, seed), seed)
+        chosen = sorted(i for s in spoiled for i in s)
+        again = [corrupt.spoil(usable[i], kept[i], fields, seed) for i in chosen]
+        rows = rows.replaced(chosen, encode(again, tokenizer, **options)[0])
     mine = [rows.subset(p) for p in parts]
+    counts = summary(parts, labels, names)
+    for c, row in enumerate(counts):
+        row |= {"cut": int((mine[c].cut > 0).sum()), "lost": int(mine[c].cut.sum()), "corrupted": len(spoiled[c])}
+        row |= {"heldout": len(own[c])} if own else {}
     if packing:
         mine = [m.packed(max_length) for m in mine]
-    counts = summary(parts, labels, names)
-    for row, mark in zip(counts, own, strict=bool(own)):
-        row["heldout"] = len(mark)
     texts = [alone(held[i], fields) for i in dict.fromkeys(held_kept)] if task == "causal" else []
     words = sum(len(t.split()) for t in texts) if texts and all(texts) else None
     return Prepared(mine, heldout, own, names, skipped, counts, classes, words)
+
+
+def _lengths(rows: Encoded, kept: Sequence[int]) -> list[int]:
+    """Tokens of each row as they were before anything was cut; windows of one text have the length of the text."""
+    total: dict[int, int] = {}
+    for at, tokens in zip(kept, (rows.offsets.diff() + rows.cut).tolist(), strict=True):
+        total[at] = total[at] + tokens - 1 if at in total else tokens  # a window begins with a token of the one before
+    return [total[at] for at in kept]
 
 
 def _hold_back(

@@ -62,12 +62,12 @@ def render(
     template: str = "auto",
     max_length: int = 256,
     fields: Mapping[str, str] | None = None,
-) -> list[dict[str, list[int]]]:
+) -> list[dict[str, Any]]:
     """Token ids of a row and their labels: -100 on the prompt, so that the loss is on the answer alone.
 
     The prompt's own tokens are always a prefix: where the tokenizer would join across the boundary, prompt and answer
-    are tokenized apart. What is too long is cut on the right. A row that has only text (`plain`) is learned as a whole:
-    a long one comes in windows, each beginning with the last token of the one before.
+    are tokenized apart. What is too long is cut on the right (`cut`: how many tokens). A row that has only text
+    (`plain`) is learned as a whole: a long one comes in windows, each beginning with the last token of the one before.
 
     Args:
         template: `auto` (the tokenizer's chat template if it has one, else `alpaca`), `chat`, `alpaca`, `plain`.
@@ -117,11 +117,12 @@ def render(
             {"input_ids": ids[at : at + max_length], "labels": labels[at : at + max_length]}
             for at in range(0, len(ids) - 1, stride)
         ]
-    ids = (head + body)[:max_length]
+    whole = head + body
+    ids = whole[:max_length]
     labels = ([IGNORE] * len(head) + body)[: len(ids)]
     if all(label == IGNORE for label in labels[1:]):  # the first token is never predicted
         raise Unusable("nothing to predict")
-    return [{"input_ids": ids, "labels": labels}]
+    return [{"input_ids": ids, "labels": labels, "cut": len(whole) - len(ids)}]
 
 
 def prompt_text(question: str, tokenizer: Any) -> str:
