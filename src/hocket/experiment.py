@@ -13,7 +13,7 @@ from hocket import data, evaluate, models
 from hocket.client import Setting
 from hocket.data import collate
 from hocket.errors import RecipeError
-from hocket.models import views
+from hocket.models import adapters, views
 from hocket.models.forward import DTYPES, autocast
 from hocket.recipe import Recipe, parse
 from hocket.server import Server
@@ -74,6 +74,8 @@ class Experiment:
         )  # fmt: skip
         self.tokenizer = loaded.tokenizer
         self.view = views.make(loaded.model, self.method, m.task, recipe.seed)
+        if m.adapter:
+            adapters.place(self.view, self.method, m.adapter)
         self.data = prepare(recipe, self.tokenizer)
         multiple = 8 if self.view.device.type == "cuda" else 1  # GPUs multiply by tiles, a CPU only does more work
         self.collate = functools.partial(collate, pad_id=self.tokenizer.pad_token_id, pad_to_multiple=multiple)

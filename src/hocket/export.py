@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from hocket import models, store
 from hocket.errors import StoreError
+from hocket.methods.lora import BASE, A, modules
 from hocket.models import views
+from hocket.models.adapters import PREFIX
+from hocket.models.views import View
 from hocket.recipe import load as load_recipe
-from hocket.tree import tmap
 
 
 def export(run: Path, out: Path, merge: bool = False) -> str:
@@ -24,7 +32,7 @@ def export(run: Path, out: Path, merge: bool = False) -> str:
         "adapter" (open it with `PeftModel.from_pretrained`) or "model" (open it with `from_pretrained`).
 
     Raises:
-        StoreError: no run, or no whole checkpoint.
+        StoreError: no run, no whole checkpoint, or a model that cannot be written that way.
         ModelError: `out` is in use.
     """
     if not (run / "recipe.toml").exists():
@@ -34,19 +42,72 @@ def export(run: Path, out: Path, merge: bool = False) -> str:
     method: Any = recipe.build_method()
     m = recipe.model
     loaded = models.load(m.source, task=m.task, num_labels=m.num_labels, seed=recipe.seed)
-    view = views.make(loaded.model, method, m.task, recipe.seed)
     result = method.export(saved["engine"]["server"]["state"])
+    if method.view == "lora":
+        method = _fitted(method, result)
+    view = views.make(loaded.model, method, m.task, recipe.seed)
     if missing := sorted(set(view.params) ^ set(result)):
         raise StoreError(f"run and model differ in tensors, for example '{missing[0]}'; was the model changed?")
-    view.place(tmap(lambda x: x, result))
-    if method.view != "lora":
-        models.export(view.model, loaded.tokenizer, out)
-        return "model"
-    if merge or method.merges:  # a base that was written into cannot be told by an adapter
-        models.export(view.model.merge_and_unload(), loaded.tokenizer, out)
-        return "model"
+    view.place(result)
+    if m.task == "classification":
+        _name_classes(view.model.config, run)
+    if method.view == "lora" and not merge and not method.merges:
+        return _adapter(view, loaded, out)
+    whole = view.model
+    if method.view == "lora":  # a base that was written into cannot be told by an adapter
+        _untied(view)
+        whole = whole.merge_and_unload()
+    models.export(whole, loaded.tokenizer, out)
+    return "model"
+
+
+def _fitted(method: Any, result: Mapping[str, Tensor]) -> Any:
+    """The method with the ranks that these factors have and the scales they were used with, in peft's terms.
+
+    Factors can be of another rank than `method.rank`, and s need not be alpha / r; peft knows r and alpha alone.
+    """
+    ranks = {m: len(result[m + A]) for m in modules(result)}
+    # rounded, or (16 / 49) * 49 would not be 16
+    alphas = {m: float(f"{method.scale(m, r) * r:.12g}") for m, r in ranks.items()}
+    rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
+    return replace(
+        method, rank=rank, alpha=alpha, scaling="alpha/r",
+        rank_pattern={m.removeprefix(PREFIX): r for m, r in ranks.items() if r != rank},
+        alpha_pattern={m.removeprefix(PREFIX): x for m, x in alphas.items() if x != alpha},
+    )  # fmt: skip
+
+
+def _adapter(view: View, loaded: models.Loaded, out: Path) -> str:
     if out.exists() and any(out.iterdir()):
         raise StoreError(f"'{out}' is not empty; choose another --out")
+    if drawn := [n for n in loaded.new if PREFIX + n not in view.params]:
+        raise StoreError(
+            f"'{drawn[0]}' is not in {loaded.source}: it was drawn for this run and no adapter holds it; use --merge"
+        )
+    config = view.model.peft_config["default"]
+    config.base_model_name_or_path = loaded.source
+    if float(config.lora_alpha).is_integer():
+        config.lora_alpha = int(config.lora_alpha)
     view.model.save_pretrained(out, save_embedding_layers=False)
     loaded.tokenizer.save_pretrained(out)
     return "adapter"
+
+
+def _name_classes(config: Any, run: Path) -> None:
+    """Give labels that were text in the data their names."""
+    try:
+        names = json.loads((run / "manifest.json").read_text(encoding="utf-8")).get("classes", [])
+    except (OSError, ValueError):
+        names = []  # a run that was stopped before it wrote one
+    config.id2label = dict(config.id2label) | dict(enumerate(names))
+    config.label2id = {name: i for i, name in config.id2label.items()}
+
+
+def _untied(view: View) -> None:
+    """Refuse to merge into a weight that other modules use too: they would change with it."""
+    places = Counter(id(p) for _, p in view.model.named_parameters(remove_duplicate=False))
+    for m in modules(view.params):
+        if places[id(view.model.get_parameter(m + BASE))] > 1:
+            raise StoreError(
+                f"'{m.removeprefix(PREFIX)}' is tied to other weights and cannot be merged into; leave out --merge"
+            )

@@ -23,6 +23,7 @@ from hocket.codecs.base import codec as codecs
 from hocket.errors import RecipeError, nearest
 from hocket.methods import Client, Method
 from hocket.methods import method as methods
+from hocket.methods.lora import LoRA
 from hocket.methods.unequal import Unequal
 from hocket.registry import explain
 from hocket.schedules import Schedule
@@ -95,6 +96,10 @@ class Recipe(Section):
             and self.data.source != "docstrings"
         ):
             raise ValueError(f"data.column: partition '{self.data.partition}' needs a label column")
+        if self.model.adapter and not isinstance(m, LoRA):
+            raise ValueError(
+                f"model.adapter: '{m.name}' has no LoRA factors; merge the adapter into a model, or use method 'fedit'"
+            )
         if self.model.task == "classification" and self.data.packing:
             raise ValueError("data.packing: rows of a classification task are not joined; set it to false")
         if self.model.task == "classification" and self.evaluation.gsm8k:

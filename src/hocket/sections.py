@@ -32,6 +32,9 @@ class ModelSection(Section):
     """Which model."""
 
     source: str = Field(description="hub id, folder, .gguf file, a name from `hocket models list`, or tiny:llama")
+    adapter: Annotated[
+        str | None, Field(min_length=1, description="PEFT LoRA adapter to start from: folder or hub id (LoRA methods)")
+    ] = None
     task: Literal["causal", "classification"] = Field("causal", description="next token, or one label a row")
     num_labels: int = Field(2, ge=2, description="labels of a classification head")
     dtype: Literal["fp32", "bf16"] = Field(

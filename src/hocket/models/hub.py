@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -258,16 +258,18 @@ def _from_hub(entry: Known, work: Path) -> None:
         raise ModelError(f"{entry.hub}: the hub has no config.json with safetensors weights under this id")
 
 
-def snapshot(name: str, out: Path | None = None) -> Path:
-    """Fetch config, tokenizer and safetensors of a hub id to `out` or the hub client's cache; returns the folder.
+MODEL_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "model*.safetensors", "LICENSE*", "README.md")
+
+
+def snapshot(name: str, out: Path | None = None, only: Iterable[str] = MODEL_FILES) -> Path:
+    """Fetch the files of a hub id that match `only` to `out` or the hub client's cache; returns the folder.
 
     Without a network the client's cache is used. Raises `ModelError` if the id cannot be had.
     """
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", "*.jinja", "*.model", "model*.safetensors", "LICENSE*", "README.md"]
     try:
-        return Path(snapshot_download(name, local_dir=out, allow_patterns=patterns))
+        return Path(snapshot_download(name, local_dir=out, allow_patterns=list(only)))
     except Exception as error:  # the client's network errors have no common base
         if files.is_full(error):
             raise

@@ -141,7 +141,8 @@ def export(model: Any, tokenizer: Any, out: str | Path, *, overwrite: bool = Fal
 def check_folder(folder: Path) -> None:
     """Raise `ModelError` unless the folder has a config, all its safetensors files, and some tokenizer."""
     if not (folder / "config.json").is_file():
-        hint = " (it holds a PEFT adapter: give its base model)" if (folder / "adapter_config.json").is_file() else ""
+        adapter = (folder / "adapter_config.json").is_file()
+        hint = " (it holds a PEFT adapter: give its base model, and this as model.adapter)" if adapter else ""
         raise ModelError(f"{folder}: there is no config.json{hint}")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
