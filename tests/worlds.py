@@ -100,11 +100,14 @@ DEVICES = [
 
 def assemble(
     view: View, trainer: TorchTrainer, rows: list[int], m: Method, sched: Any, turns: int, up: Any, down: Any,
-    loss: float = 0.0, devices: list[Device] | None = None, weighting: str = "rows", preloaded: bool = True, **more: Any,
+    loss: float = 0.0, devices: list[Device] | None = None, weighting: str = "rows", preloaded: bool = True,
+    ranks: list[int] | None = None, **more: Any,
 ) -> World:  # fmt: skip
+    """A simulation of clients with that many rows each, and with adapters of these ranks, where they have their own."""
     s, n = schedule.build(sched), len(rows)
     m = s.adapt(m)
-    server = Server(m, s, view.start(), [Client(i, r) for i, r in enumerate(rows)], turns, 7, preloaded)
+    clients = [Client(i, r, {"rank": ranks[i]} if ranks else {}) for i, r in enumerate(rows)]
+    server = Server(m, s, view.start(), clients, turns, 7, preloaded)
     setting = Setting(m, codec.build(up), s.ahead, turns, 7, weighting, trainer, s.carries)  # type: ignore[arg-type]
     base = devices or DEVICES[:n]
     lossy = [Device(**{**{k: getattr(d, k) for k in Device.__dataclass_fields__}, "loss": loss}) for d in base]

@@ -11,14 +11,15 @@ from worlds import World, language
 
 from hocket import store
 from hocket.codecs import codec
-from hocket.methods import Update, method
+from hocket.methods import Local, Update, method
 from hocket.registry import fields
 from hocket.schedules import schedule
-from hocket.tree import digest, nbytes
+from hocket.tree import Tree, digest, nbytes
 
 METHODS: dict[str, Any] = {name: {"name": name} for name in method.names()}
-for name in ("fedit", "ffa-lora", "flora"):
-    METHODS[name] |= {"rank": 2}
+for name, spec in METHODS.items():
+    if "rank" in {f[0] for f in fields(method.get(name))}:
+        spec["rank"] = 2
 METHODS["fedcybgd"] |= {"layers_per_block": 1}
 METHODS |= {
     "fedbcd+gradient": {"name": "fedbcd", "layers_per_block": 1, "order": "gradient"},
@@ -28,6 +29,11 @@ METHODS |= {
     f"fedavg+{o}": {"name": "fedavg", "server_optimizer": o, "server_lr": 0.01}
     for o in ("momentum", "adagrad", "adam", "yogi")
 }
+METHODS |= {
+    "hetlora+plain": {"name": "hetlora", "rank": 2, "gamma": 1, "decay": 0, "norm": "none"},
+    "hlora-delta+ranks": {"name": "hlora-delta", "rank": 4},
+}
+RANKS = {"hlora-delta+ranks": [1, 2, 4]}  # of the clients' adapters, where they differ
 SCHEDULES: dict[str, Any] = {name: {"name": name} for name in schedule.names()}
 SCHEDULES |= {
     "overlap(2)": {"name": "overlap", "staleness": 2},
@@ -83,9 +89,12 @@ TRIPLES = cover(PAIRS, list(CODECS))
 
 
 def world(meth: str, sched: str, up: str = "raw", loss: float = 0.0, **more: Any) -> World:
-    down = "raw" if up in ("raw", "feedback") else CODECS[up]
+    # codecs for differences take the first one to the server's start model, which has other ranks
+    whole = up in ("raw", "feedback") or (meth in RANKS and codec.build(CODECS[up]).differences)
+    down = "raw" if whole else CODECS[up]
     return language(
         meth=METHODS[meth], sched=SCHEDULES[sched], up=CODECS[up], down=down, loss=loss, layers=2, steps=1,
+        ranks=RANKS.get(meth),
         evaluate=lambda p: {"loss": float(sum(v.abs().sum() for v in p.values()))}, **{"turns": 3, **more},
     )  # fmt: skip
 
@@ -142,10 +151,15 @@ def test_lost_clients_neither_hang_nor_stop_the_run(meth: str, sched: str) -> No
     assert not w.simulation.flights or w.simulation.finished
 
 
+def still(local: Any, start: Tree, only: Any, prox: float, penalty: Any = None, masks: Any = None) -> Tree:
+    """A client that does not move."""
+    return {k: v.new_zeros((masks or {}).get(k, v).shape) for k, v in start.items() if only(k)}
+
+
 @pytest.mark.parametrize("meth", METHODS)
 def test_a_zero_step_client_changes_nothing(meth: str) -> None:
     w = world(meth, "sync")
-    w.trainer.fit = lambda local, start, only, prox, *more: {k: torch.zeros_like(v) for k, v in start.items() if only(k)}
+    w.trainer.fit = still
     before = digest(w.final)
     w.simulation.run()
     assert digest(w.final) == before
@@ -157,15 +171,14 @@ def test_one_client_is_local_training(meth: str) -> None:
     w = world(meth, "sync", clients=1)
     by_hand = world(meth, "sync", clients=1)
     w.simulation.run()
-    m, state = by_hand.simulation.server.method, by_hand.simulation.server.state
-    from hocket.methods import Local, Update
-
+    server = by_hand.simulation.server
+    m, state = server.method, server.state
     for turn in range(3):
-        values = state["params"]
-        local = Local(0, values, {}, turn, 3, turn, 7, by_hand.trainer)
-        state = m.step(state, [Update(turn, 0, turn, turn, m.train(local, values))], [1.0])
-    values = m.export(state)
-    assert digest(values) == digest(w.final)
+        values = m.send(state, server.clients[0], turn)
+        sent = m.train(Local(0, values, {}, turn, 3, turn, 7, by_hand.trainer, server.clients[0].traits), values)
+        read = m.accept(state["params"], sent) if m.anchored else sent
+        state = m.step(state, [Update(turn, 0, turn, turn, read)], [1.0])
+    assert digest(m.export(state)) == digest(w.final)
 
 
 @pytest.mark.parametrize(("meth", "sched"), PAIRS)
@@ -197,37 +210,44 @@ def test_arrival_order_does_not_matter(meth: str, sched: str) -> None:
     assert len(results) == 1
 
 
-FORMULA = {  # bytes of the payload a round and client, up, from each method's file; fp32, packet headers not counted
-    "fedavg": lambda v: nbytes(v),
-    "fedit": lambda v: nbytes(v),
-    "ffa-lora": lambda v: nbytes({k: x for k, x in v.items() if ".lora_B." in k}),
-    "flora": lambda v: nbytes({k: x for k, x in v.items() if ".lora_" in k}),
-    "fedbcd": lambda v: nbytes(v),  # two layers, two layers per block: the one block is the whole view
-    "fedcybgd": lambda v: nbytes(v) // 2,
+def of(*parts: str) -> Any:
+    """Bytes of the tensors whose names hold one of these."""
+    return lambda v, turn: nbytes({k: x for k, x in v.items() if any(p in k for p in parts)})
+
+
+A, B = ".lora_A.", ".lora_B."
+FORMULA = {  # bytes of the payload a round and client, up, from each method's file, given the view and the turn; fp32
+    "fedavg": of(""),
+    **{name: of(A, B) for name in ("fedit", "flora", "florist", "fedex-lora", "flexlora", "raflora", "hetlora")},
+    **{name: of(A, B) for name in ("hlora", "hlora-delta")},
+    **{name: of(B) for name in ("ffa-lora", "fedsvd")},
+    "rolora": lambda v, turn: of(A if turn % 2 else B)(v, turn),
+    "fedbcd": of(""),  # two layers, two layers per block: the one block is the whole view
+    "fedcybgd": lambda v, turn: nbytes(v) // 2,
 }
 
 
 @pytest.mark.parametrize("meth", [m for m in METHODS if "+" not in m])
 def test_bytes_are_packets_and_packets_are_the_formula(meth: str) -> None:
-    sizes: list[int] = []
+    blobs: list[bytes] = []
     w = world(meth, "sync")
-    encode, decode = type(w.simulation.up).encode, w.simulation.up.decode
     w.simulation.spool.put = lambda key, blob, put=w.simulation.spool.put: (  # type: ignore[method-assign]
-        sizes.append(len(blob)) if key.startswith("up/") else None, put(key, blob)
+        blobs.append(blob) if key.startswith("up/") else None, put(key, blob)
     )[1]  # fmt: skip
-    expected = FORMULA[meth](w.final)
-    names = len(w.final)
+    view = w.final
     w.simulation.run()
-    assert encode and decode
-    assert sum(sizes) == w.simulation.ledger.bytes["up"]
-    for size in sizes:
-        assert expected <= size <= expected + 200 + 200 * names
+    assert len(blobs) == 3 * w.simulation.server.turns
+    assert sum(map(len, blobs)) == w.simulation.ledger.bytes["up"]
+    for i, blob in enumerate(blobs):
+        expected = FORMULA[meth](view, i // 3)
+        assert nbytes(dict(w.simulation.up.decode(blob))) == expected
+        assert expected <= len(blob) <= expected + 200 + 200 * len(view)
 
 
 @pytest.mark.parametrize("sched", SCHEDULES)
 def test_clients_that_change_nothing_leave_the_model(sched: str) -> None:
     w = world("fedavg", sched)
-    w.trainer.fit = lambda local, start, only, prox, *more: {k: torch.zeros_like(v) for k, v in start.items() if only(k)}
+    w.trainer.fit = still
     before = digest(w.final)
     w.simulation.run()
     assert digest(w.final) == before
