@@ -169,6 +169,8 @@ def plan(recipe: RecipeFile, sets: Sets = None) -> None:
         f"virtual time {p['seconds']:.1f} s ({p['seconds'] / 3600:.2f} h) for {p['turns']} turns; "
         f"{p['down'] / 1e6:.1f} MB down, {p['up'] / 1e6:.1f} MB up"
     )
+    if p["beside"]:
+        console.print(f"of those, heads and norms beside the adapters: {p['beside'] / 1e6:.3f} MB")
     if p["catch_up"]:
         where = "of those down" if loaded.clients.catch_up == "charged" else "beside those down, free"
         console.print(f"catching up after missed turns: {p['catch_up'] / 1e6:.1f} MB {where} (clients.catch_up)")

@@ -54,7 +54,8 @@ class Setting:
 @dataclass(frozen=True)
 class Result:
     """What a job leaves behind: the packet to send, the client's memory from now on, how training went, what encoding
-    took (floating-point operations), and the tensors that the codec could not make smaller."""
+    took (floating-point operations), the tensors that the codec could not make smaller, and the bytes of those that are
+    beside the method's own (see `Method.beside`)."""
 
     blob: bytes
     memory: Tree
@@ -62,6 +63,7 @@ class Result:
     metrics: dict[str, float]
     flops: float = 0.0
     raw: int = 0
+    beside: int = 0
 
     @property
     def size(self) -> int:
@@ -117,7 +119,14 @@ def work(
     trained = {k: local.metrics.get(k, 1.0) for k in ("examples", "tokens")}
     weight = {**trained, "rows": float(rows), "uniform": 1.0}[setting.weighting]
     raw = sent_raw(wire.Packet(blob, check=False).meta)
-    return Result(blob, keep, weight, local.metrics, setting.codec.work(update), raw)
+    beside = beside_bytes(setting.method, setting.codec, update)
+    return Result(blob, keep, weight, local.metrics, setting.codec.work(update), raw, beside)
+
+
+def beside_bytes(method: Method, codec: Codec, tree: Tree) -> int:
+    """Bytes of a packet of what is in `tree` beside the method's own tensors; 0 if nothing is."""
+    names = method.beside(tree)
+    return codec.size({k: tree[k] for k in names}) if names else 0
 
 
 def _past(memory: Tree, heard: int, follows: int) -> tuple[Tree, Tree]:

@@ -20,6 +20,7 @@ class Flight:
         bytes, catch_up: of the download, and how many of them (or beside them, if free) are catching up.
         down, compute, up: (start, end) on each lane, in seconds; `compute` can still move while the job waits.
         encode: seconds at the end of `compute` that encoding the packet took.
+        beside, up_beside: bytes of the download and of the upload that are no adapters (see `Method.beside`).
         raw: tensors that the codec sent as they are because nothing smaller stood for them.
         doomed: it will be lost on the client.
         abandoned: the server does not wait for it any more.
@@ -40,6 +41,8 @@ class Flight:
     encode: float = 0.0
     raw: int = 0
     key: str | None = None
+    beside: int = 0
+    up_beside: int = 0
 
     def uses(self, now: float) -> Iterator[tuple[str, dict[str, Any]]]:
         """What the job used of its lanes until `now`, for the ledger; a lane cut off counts its share of bytes."""
@@ -57,9 +60,9 @@ class Flight:
             share = 1.0 if end <= now else (now - start) / (end - start)
             row = {**common, "start": start, "end": min(end, now), "bytes": round(size * share)}
             if what == "down":
-                row["catch_up"] = round(self.catch_up * share) or None
+                row |= {"catch_up": round(self.catch_up * share) or None, "beside": round(self.beside * share) or None}
             elif what == "up":
-                row["raw"] = self.raw or None
+                row |= {"raw": self.raw or None, "beside": round(self.up_beside * share) or None}
             else:
                 row["encode"] = min(self.encode, max(0.0, now - end + self.encode)) or None
             yield what, row | (metrics if what == "compute" else {})

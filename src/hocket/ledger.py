@@ -32,7 +32,7 @@ class Ledger:
         self, path: Path | None = None, position: int = 0, listener: Callable[[dict[str, Any]], None] | None = None
     ) -> None:
         self.listener = listener
-        self.bytes = {"down": 0, "up": 0, "catch_up": 0}
+        self.bytes = {"down": 0, "up": 0, "catch_up": 0, "beside": 0}
         self.seconds = {"down": 0.0, "compute": 0.0, "up": 0.0}
         self.updates = self.losses = 0
         self.position = position
@@ -50,7 +50,8 @@ class Ledger:
         row = {"what": what, **{k: v for k, v in record.items() if v is not None}}
         if what in self.bytes:
             self.bytes[what] += record["bytes"]
-            self.bytes["catch_up"] += row.get("catch_up", 0)
+            for part in ("catch_up", "beside"):
+                self.bytes[part] += row.get(part, 0)
         if what in self.seconds:
             self.seconds[what] += record["end"] - record["start"]
         self.updates += what == "up"

@@ -152,7 +152,7 @@ class ShapeExecutor:
         done = work(self.setting, t.job, t.view, self.memory.get(t.job.client, {}), t.rows, t.traits)
         self.memory[t.job.client] = done.memory
         size, raw = codec.measure(codec.decode(done.blob))
-        return Sized(done.blob, {}, done.weight, {}, done.flops, raw, size)
+        return Sized(done.blob, {}, done.weight, {}, done.flops, raw, done.beside, size)
 
     def forget(self, job: int) -> None:
         self.tasks.pop(job, None)
@@ -182,8 +182,8 @@ def clock(recipe: Recipe, rows: Sequence[int] | None = None) -> dict[str, Any]:
     """`plan` without memory, which takes most of the time that planning a large model takes.
 
     Returns:
-        `seconds` (virtual), `down`, `up`, `catch_up` (bytes in all), `turns`, `trainable`, `total` (elements), and
-        `clients`: for each its bytes, jobs and busy share of the run.
+        `seconds` (virtual), `down`, `up`, `catch_up`, `beside` (bytes in all), `turns`, `trainable`, `total`
+        (elements), and `clients`: for each its bytes, jobs and busy share of the run.
     """
     return _clock(recipe, rows)[0]
 

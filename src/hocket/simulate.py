@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hocket import wire
+from hocket.client import beside_bytes
 from hocket.clock import Clock, Device, Lane
 from hocket.codecs import Codec
 from hocket.downlink import make_downlink
@@ -145,7 +146,7 @@ class Simulation:
         doomed = device.loss > 0 and bool(torch.rand((), generator=draw) < device.loss)
         self.flights[job.id] = Flight(
             replace(job, payload={}), download.view, size, download.catch_up, (start, end), compute,
-            doomed, key=download.key,
+            doomed, key=download.key, beside=beside_bytes(self.server.method, self.downlink.codec, job.payload),
         )  # fmt: skip
         self.clock.schedule(compute[1], "computed", job.id)
         if job.deadline is not None:
@@ -186,6 +187,7 @@ class Simulation:
         self.spool.put(f"up/{key}", result.blob)
         flight.view, flight.up_bytes = None, result.size
         flight.weight, flight.metrics, flight.raw = result.weight, result.metrics, result.raw
+        flight.up_beside = result.beside
         flight.encode = result.flops / (device.gflops * 1e9)
         end = self.clock.now + flight.encode
         if flight.encode:  # the processor is busy with it

@@ -37,18 +37,21 @@ def update(client: int, payload: Tree, job: int | None = None, version: int = 0)
     return Update(client if job is None else job, client, version, version, payload)
 
 
+@pytest.mark.parametrize("scaling", ["alpha/r", "constant"])
 @pytest.mark.parametrize("ranks", [(2, 2, 2), (4, 1, 3)])
-def test_the_merge_is_the_weighted_mean_of_the_products(ranks: tuple[int, ...]) -> None:
-    m = method.build({"name": "flora", "rank": 2, "alpha": 6.0, "server_lr": 0.5})
+def test_the_merge_is_the_weighted_mean_of_the_products(ranks: tuple[int, ...], scaling: str) -> None:
+    m = method.build({"name": "flora", "rank": 2, "alpha": 6.0, "server_lr": 0.5, "scaling": scaling})
+    scales = [3.0 if scaling == "constant" else 6 / r for r in ranks]
     state = state_of(m)
     sent = [factors(c, r) for c, r in enumerate(ranks)]
     weights = [1.0, 5.0, 2.0]
     assert all(m.check(state, update(c, s)) is None for c, s in enumerate(sent))
     after = m.step(state, [update(c, s) for c, s in enumerate(sent)], weights)
-    ideal = sum(w / 8 * 3.0 * s[M + B] @ s[M + A] for w, s in zip(weights, sent, strict=True))
+    ideal = sum(w / 8 * x * s[M + B] @ s[M + A] for w, s, x in zip(weights, sent, scales, strict=True))
     moved = after["params"][M + BASE] - state["params"][M + BASE]
     assert torch.allclose(moved, 0.5 * ideal, atol=1e-12)
-    assert not torch.allclose(moved, 0.5 * sum((w / 8) ** 2 * 3 * s[M + B] @ s[M + A] for w, s in zip(weights, sent, strict=True)))
+    squared = sum((w / 8) ** 2 * x * s[M + B] @ s[M + A] for w, s, x in zip(weights, sent, scales, strict=True))
+    assert not torch.allclose(moved, 0.5 * squared)
     head = sum(w / 8 * s["head"] for w, s in zip(weights, sent, strict=True))
     assert torch.allclose(after["params"]["head"], state["params"]["head"] + 0.5 * head, atol=1e-12)
     assert torch.linalg.matrix_rank(moved) == min(5, sum(ranks))

@@ -6,7 +6,7 @@ defaults *are* FedAvg on the trainable view, so a new method overrides only what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
 from typing import Any, ClassVar, Literal, Protocol
@@ -202,6 +202,11 @@ class Method:
         return f"'{self.name}' with server_optimizer = '{self.server_optimizer}' has none; use 'sgd' or schedule 'sync'"
 
     @property
+    def steady(self) -> bool:
+        """Whether the state's tensors mean the same in every version, so that models of any two can be mixed."""
+        return True
+
+    @property
     def prelude(self) -> int:
         """Aggregations before the first training turn, whose outcome clients must hear before they can train."""
         return 0
@@ -252,6 +257,11 @@ class Method:
         """What an upload stands for: the difference it would make to each tensor of the view, by itself and at a server
         rate of 1. A tree of such differences can be given to `step` in place of an upload."""
         return payload
+
+    def beside(self, names: Iterable[str]) -> list[str]:
+        """Those of these tensors that are none of the method's own: a new head and norms beside its adapters, whose
+        bytes are counted apart."""
+        return []
 
     def at(self, rate: float) -> Method:
         """This method with its server rate multiplied by `rate`."""

@@ -66,6 +66,9 @@ class LoRA(Method):
         """Rank of a module's factors at the server."""
         return _of(module, self.rank_pattern, self.rank)
 
+    def beside(self, names: Iterable[str]) -> list[str]:
+        return [k for k in names if not k.endswith((A, B, BASE))]
+
     def stored(self, module: str) -> float:
         """What the state's B A of a module must be multiplied by."""
         return self.scale(module)

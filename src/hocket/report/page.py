@@ -97,6 +97,7 @@ def _one(run: Run) -> str:
         ("virtual time", duration(s["virtual_seconds"])),
         ("down", size(s["down_bytes"])),
         ("up", size(s["up_bytes"])),
+        *([("of those, heads and norms", size(s["beside_bytes"]))] if s["beside_bytes"] else []),
         *([(f"catching up, {s['catch_up']}", size(s["catch_up_bytes"]))] if s["catch_up_bytes"] else []),
         ("turns · updates", f"{s['versions']} · {s['updates']}"),
         ("jobs lost", str(s["lost"])),

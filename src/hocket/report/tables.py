@@ -65,6 +65,7 @@ class Run:
             "down_bytes": int(total["down"]),
             "up_bytes": int(total["up"]),
             "catch_up_bytes": self.steps[-1].get("catch_up", 0) if self.steps else 0,
+            "beside_bytes": self.steps[-1].get("beside", 0) if self.steps else 0,
             "catch_up": self.recipe.get("clients", {}).get("catch_up", "charged"),
             "versions": self.steps[-1]["version"] if self.steps else 0,
             "updates": sum(s["updates"] for s in self.steps),
