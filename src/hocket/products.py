@@ -53,8 +53,8 @@ def svd(terms: Sequence[Product]) -> tuple[Tensor, Tensor, Tensor]:
 
 def rank_for(s: Tensor, energy: float) -> int:
     """The fewest singular values that hold this share of their squared sum; at least 1."""
-    kept = s.double().square().cumsum(0)
-    return min(len(s), int((kept < energy * kept[-1]).sum()) + 1)
+    lost = s.double().square().flip(0).cumsum(0).flip(0)  # by cutting here; small values are added first, none vanishes
+    return max(1, int((lost > (1 - energy) * lost[0]).sum()))
 
 
 def norm(terms: Sequence[Product]) -> float:
