@@ -140,9 +140,12 @@ class Differences(Downlink):
         if since is None or since < 0:  # there is nothing to take a difference to
             return method.load({}, payload), wire.size(payload)
         base: Mapping[str, Tensor] = self._start
-        if since in self._held.get(job.client, {}) and not method.rebuilds:
-            base = self.spool.get(f"held/{job.client}/{self._held[job.client][since]}")
         want: Mapping[str, Tensor] = method.send(server.state, server.clients[job.client], job.version)
+        planned = any(t.is_meta for t in server.state["params"].values())
+        if planned and not method.rebuilds:  # shapes are not kept; what stands for them is any version's
+            base = want
+        elif since in self._held.get(job.client, {}) and not method.rebuilds:
+            base = self.spool.get(f"held/{job.client}/{self._held[job.client][since]}")
         names = [k for k in payload if k in want]
         if len(names) < len(payload):  # the method has a shorter way from version to version; here its end is sent
             names = [k for k in want if server.changed.get(k, 0) > since or k in payload]
@@ -152,7 +155,7 @@ class Differences(Downlink):
         blob = self.codec.encode(news)
         found = self.codec.decode(blob)
         moved = {k: base[k] + found[k] if want[k].is_floating_point() else found[k] for k in names}
-        size = self.codec.size(news) if any(t.is_meta for t in news.values()) else len(blob)
+        size = self.codec.size(news) if planned else len(blob)
         return {k: moved[k] if k in moved else base[k] for k in sorted({*base, *moved})}, size
 
     def _keep(self, job: Job, view: Tree, server: Server) -> str:

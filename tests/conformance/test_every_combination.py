@@ -21,6 +21,7 @@ for name, spec in METHODS.items():
     if "rank" in {f[0] for f in fields(method.get(name))}:
         spec["rank"] = 2
 METHODS["fedcybgd"] |= {"layers_per_block": 1}
+METHODS["slora"] |= {"sparse_turns": 1}
 METHODS |= {
     "fedbcd+gradient": {"name": "fedbcd", "layers_per_block": 1, "order": "gradient"},
     "fedcybgd+half": {"name": "fedcybgd", "layers_per_block": 1, "download": 0.5},
@@ -222,6 +223,7 @@ FORMULA = {  # bytes of the payload a round and client, up, from each method's f
     **{name: of(A, B) for name in ("hlora", "hlora-delta")},
     **{name: of(B) for name in ("ffa-lora", "fedsvd")},
     "rolora": lambda v, turn: of(A if turn % 2 else B)(v, turn),
+    "slora": of(A, B),  # in both stages
     "fedbcd": of(""),  # two layers, two layers per block: the one block is the whole view
     "fedcybgd": lambda v, turn: nbytes(v) // 2,
 }

@@ -100,6 +100,7 @@ def test_methods_with_state_of_their_own_are_planned_as_they_step() -> None:
 
 METHODS: dict[str, Any] = {n: {"name": n} for n in method.names()}
 METHODS |= {n: {"name": n, "rank": 2} for n in ("fedit", "ffa-lora", "flora")}
+METHODS["slora"] |= {"rank": 2, "sparse_turns": 2}
 METHODS["fedbcd, guided"] = {"name": "fedbcd", "order": "gradient"}
 METHODS["fedavg, adam"] = {"name": "fedavg", "server_optimizer": "adam"}
 SETTINGS: dict[str, tuple[dict[str, Any], Any, Any]] = {  # schedule, codecs up and down

@@ -41,7 +41,8 @@ class Memory:
         kept: other private tensors from job to job: error feedback, kept optimizer state.
         activations: kept from the forward pass for the backward pass.
         logits: their gradient, alive beside all activations when the backward pass begins, and while it is put back
-            in its place among all positions there twice.
+            in its place among all positions there twice. Or the dense gradient of a weight of which only some entries
+            train, until they are taken, if that is more.
     """
 
     weights: int
@@ -208,8 +209,8 @@ def estimate(
     dense = max((_bytes(view, [k]) for k in entries), default=0)  # one gradient at a time, until its entries are taken
     vectors = sum(entries.values())  # of 4 bytes: the values, those they started from, and positions of 8
     return Memory(
-        _bytes(view) - low + n + vectors * 12, 0 if step.gpu else n + vectors * 4, moving + dense,
-        moving * step.slots + counters, activations=kept, logits=logits,
+        _bytes(view) - low + n + vectors * 12, 0 if step.gpu else n + vectors * 4, moving,
+        moving * step.slots + counters, activations=kept, logits=max(logits, dense),
     )  # fmt: skip
 
 

@@ -55,6 +55,11 @@ class Schedule:
         return self.anchored
 
     @property
+    def recalls(self) -> bool:
+        """Whether a step mixes in models long past: the start model, or what a client had when it was last heard."""
+        return False
+
+    @property
     def carries(self) -> bool:
         """Whether clients send what changed since their last update that counts, instead of the update."""
         return False
@@ -73,6 +78,11 @@ class Schedule:
         if self.composes and not method.whole:
             return (
                 f"schedule '{self.name}' needs the versions clients started from; '{method.name}' sends parts of them"
+            )
+        if self.recalls and not method.steady:
+            return (
+                f"schedule '{self.name}' mixes in the start model, of which '{method.name}' trains other tensors from "
+                f"the middle of the run on; use 'sync', 'fedbuff' or 'fedasync'"
             )
         return None
 

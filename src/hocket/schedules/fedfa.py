@@ -55,6 +55,10 @@ class FedFa(Async):
     def anchored(self) -> bool:
         return self.form == "model"
 
+    @property
+    def recalls(self) -> bool:
+        return self.form == "model" and self.start == "fill"
+
     def ready(self, server: Server) -> bool:
         waiting = self.start == "wait" and not server.kept
         return len(server.buffer) >= (self.window if waiting else 1)

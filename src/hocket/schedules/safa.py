@@ -47,6 +47,10 @@ class SAFA(Async):
     def anchored(self) -> bool:
         return True
 
+    @property
+    def recalls(self) -> bool:
+        return True
+
     def ready(self, server: Server) -> bool:
         return len(server.buffer) >= self._goal(server)
 
