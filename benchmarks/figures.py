@@ -36,3 +36,33 @@ def between(page: str, key: str, body: str) -> str:
     start, end = f"<!-- {key} -->", f"<!-- /{key} -->"
     before, _, rest = page.partition(start)
     return f"{before}{start}\n{body}\n{end}{rest.partition(end)[2]}"
+
+
+def panel(
+    title: str, below: str, lines: dict[str, list[tuple[float, float]]], x0: int, width: int = 460, height: int = 320,
+    digits: int = 2,
+) -> str:  # fmt: skip
+    """Lines with their names at their ends, and axes with five ticks each, at `x0`."""
+    left, top, right, bottom = 56, 40, 110, 48
+    xs, ys = ([p[i] for points in lines.values() for p in points] for i in (0, 1))
+    low, high = min(ys), max(ys)
+    low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
+    first, last = min(xs), max(xs)
+    px = lambda x: x0 + left + (x - first) / (last - first) * (width - left - right)
+    py = lambda y: top + (high - y) / (high - low) * (height - top - bottom)
+    out = [text(x0 + 8, 20, title, "start", 13, font_weight="bold")]
+    out.append(text(x0 + left + (width - left - right) / 2, height - 8, below, size=12))
+    for i in range(5):
+        x, y = first + (last - first) * i / 4, low + (high - low) * i / 4
+        out.append(line(x0 + left, py(y), x0 + width - right, py(y), "#808080", 0.25))
+        out.append(text(x0 + left - 6, py(y) + 4, f"{y:.{digits}f}", "end") + text(px(x), height - 28, f"{x:.3g}"))
+    taken: list[float] = []
+    colours = dict(zip(lines, COLOURS, strict=False))
+    for name, points in sorted(lines.items(), key=lambda item: -item[1][-1][1]):
+        y = py(points[-1][1]) + 4
+        while any(abs(y - other) < 12 for other in taken):
+            y += 1
+        taken.append(y)
+        out.append(path([(px(x), py(y)) for x, y in points], colours[name]))
+        out.append(text(px(points[-1][0]) + 6, y, name, "start", fill=colours[name]))
+    return "".join(out)
