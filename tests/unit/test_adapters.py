@@ -184,7 +184,7 @@ def test_a_run_of_any_lora_method_begins_where_the_adapters_run_ended(
     assert abs(loss - losses(before)[0]) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["fedit", "ffa-lora", "flora"])
+@pytest.mark.parametrize("name", METHODS)
 def test_a_second_run_goes_on_and_exports_all_of_it(
     tmp_path: Path, trained: Callable[[str], tuple[Path, Path]], name: str
 ) -> None:
