@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format bench parablock async clean
+.PHONY: help env demo test lint format bench parablock async lora clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,11 @@ async: $(READY)  ## the asynchronous schedules compared, resumable (about two ho
 	test -f runs/gpt2-small/provenance.json || $(BIN)/python benchmarks/async/train_gpt2.py
 	$(BIN)/python -m hocket compare benchmarks/async/*.toml --jobs 2 --results benchmarks/async/results
 	$(BIN)/python benchmarks/async/report.py
+
+lora: $(READY)  ## LoRA for clients of unequal ranks, resumable (about an hour and a half on two cores; see docs/unequal-ranks.md)
+	$(BIN)/python -m hocket models pull minilm-l6-v2
+	$(BIN)/python -m hocket compare benchmarks/lora/*.toml --jobs 2 --results benchmarks/lora/results
+	$(BIN)/python benchmarks/lora/report.py
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

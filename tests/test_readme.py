@@ -100,7 +100,7 @@ def test_results_carry_the_commit_they_came_from() -> None:
     results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     assert {r.stem for r in results} == {p.stem.removeprefix("bench_") for p in (ROOT / "benchmarks").glob("bench_*.py")}
     compared = []
-    for folder in ("parablock", "async"):
+    for folder in sorted(p.parent.name for p in (ROOT / "benchmarks").glob("*/report.py")):
         studies = sorted((ROOT / "benchmarks" / folder).glob("*.toml"))
         compared += sorted((ROOT / "benchmarks" / folder / "results").glob("*.json"))
         assert {r.stem for r in compared if r.parent.parent.name == folder} == {

@@ -34,7 +34,7 @@ def shown(value: float | None, digits: int = 2) -> str:
 
 
 def rounds(row: dict[str, Any]) -> float | None:
-    """Rounds after which a variant was as good as `versus` is in the end, mean over seeds; its rounds are equally long."""
+    """Rounds until a variant was as good as `versus` is in the end, mean over seeds; its rounds take equally long."""
     reached = [t / row["virtual_seconds"] * row["turns"] if t is not None else None for t in row["reached"]]
     return mean(reached)
 
