@@ -13,9 +13,8 @@ from torch import Tensor
 
 from hocket import models, store
 from hocket.errors import StoreError
-from hocket.methods.lora import BASE, A, modules
+from hocket.methods.lora import BASE, PREFIX, A, modules
 from hocket.models import views
-from hocket.models.adapters import PREFIX
 from hocket.models.views import View
 from hocket.recipe import load as load_recipe
 

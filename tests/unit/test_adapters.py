@@ -21,8 +21,8 @@ from hocket.errors import HocketError, ModelError, RecipeError, StoreError
 from hocket.experiment import Experiment
 from hocket.export import export
 from hocket.methods import method
-from hocket.methods.lora import A, B, LoRA, modules
-from hocket.models.adapters import PREFIX, read
+from hocket.methods.lora import PREFIX, A, B, LoRA, modules
+from hocket.models.adapters import read
 from hocket.recipe import Recipe, load, parse
 from hocket.tree import Tree, generator
 
@@ -356,3 +356,25 @@ def test_an_adapter_that_could_not_stand_alone_is_exported_whole_only(tmp_path: 
     export(tmp_path / "run", tmp_path / "whole", merge=True)
     whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
     assert close(logits(whole), evaluated(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["ffa-lora", "fedit"])
+@pytest.mark.parametrize("scaling", ["alpha/r", "alpha/sqrt(r)", "constant"])
+def test_the_scale_is_the_methods_from_the_first_step_to_the_export(tmp_path: Path, name: str, scaling: str) -> None:
+    """Also where A is never put in place anew, and with patterns that peft matches from the start of a name."""
+    q = "^model.layers.1.self_attn.q_proj"
+    meth = {"name": name, "rank": 4, "scaling": scaling, "rank_pattern": {q: 2}, "alpha_pattern": {q: 30.0}}
+    r = recipe(tmp_path, "tiny:llama", meth=meth, turns=1)
+    view, m = Experiment(r).view, method.build(meth)
+    for x in modules(view.params):
+        rank = 2 if "layers.1" in x and "q_proj" in x else 4
+        alpha = 30.0 if rank == 2 else 16.0
+        want = alpha / rank**0.5 if scaling == "alpha/sqrt(r)" else alpha / rank
+        assert len(view.params[x + A]) == m.rank_of(x) == rank
+        assert view.model.get_submodule(x).scaling["default"] == m.scale(x) == pytest.approx(want)
+    run.start(r, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "adapter")
+    again = recipe(tmp_path, "tiny:llama", meth=meth, model={"adapter": str(tmp_path / "adapter")})
+    experiment = Experiment(again)
+    loss = experiment.evaluate(experiment.trainer.start())["loss"]
+    assert loss == pytest.approx(losses(tmp_path / "run")[-1], abs=1e-6)

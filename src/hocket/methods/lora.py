@@ -29,6 +29,8 @@ from hocket.products import Product
 
 T = TypeVar("T")
 A, B, BASE = ".lora_A.weight", ".lora_B.weight", ".base_layer.weight"
+PREFIX = "base_model.model."
+"""What peft puts in front of a model's own names."""
 
 
 @dataclass(frozen=True, config=PLAIN)
@@ -120,7 +122,8 @@ def pair(tree: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor]:
 
 
 def _of(module: str, patterns: Mapping[str, T], default: T) -> T:
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
+    name = module.removeprefix(PREFIX)  # so that a pattern can begin with ^
+    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name)), default)
 
 
 @method("fedit")

@@ -26,13 +26,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hocket.errors import ModelError
-from hocket.methods.lora import BASE, A, B, modules
+from hocket.methods.lora import BASE, PREFIX, A, B, modules
 from hocket.models import hub
 from hocket.models.views import View
 from hocket.tree import Tree
 
-PREFIX = "base_model.model."
-"""What peft puts in front of a model's own names."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _READ = {

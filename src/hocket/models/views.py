@@ -43,6 +43,8 @@ class View:
             p.requires_grad_(False)
         self.device = next(self.model.parameters()).device
         self._placed: dict[str, Tensor] = {}  # which tensor was put into each parameter last
+        for k, p in self.params.items():
+            self._rescale(k, p)
 
     def start(self) -> Tree:
         """The values in place, on the CPU; a model on the CPU shares them with the server's state, without a copy."""
@@ -58,9 +60,13 @@ class View:
             if self._placed.get(k) is not v:
                 self.params[k].data = self.turned(k, v.to(self.device))
                 self._placed[k] = v
-                if self.scale and k.endswith(A):
-                    module = k.removesuffix(A)
-                    self.model.get_submodule(module).scaling["default"] = self.scale(module, len(v))
+                self._rescale(k, v)
+
+    def _rescale(self, name: str, value: Tensor) -> None:
+        """Give the adapter that this A belongs to the method's scale; what peft made of its config may be another."""
+        if self.scale and name.endswith(A):
+            module = name.removesuffix(A)
+            self.model.get_submodule(module).scaling["default"] = self.scale(module, len(value))
 
     def turned(self, name: str, x: Tensor) -> Tensor:
         """Between the model's layout of a parameter and the one outside."""
