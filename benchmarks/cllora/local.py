@@ -1,0 +1,71 @@
+"""What each client's model comes to if it never meets the others: the local side of CLLoRA's comparison.
+
+Reads the rates that `hocket compare` chose for the studies small and tiny beside this file, and trains every client of
+every cell alone: as many jobs, with the same rows, batches and rate, as it does in the federation, each starting from
+what its last one came to. Writes results/local.json, which also says what clients hold. A study's results are not
+made again while they are there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hocket import evaluate
+from hocket.client import work
+from hocket.experiment import Experiment
+from hocket.methods import Job
+from hocket.provenance import git_hash
+from hocket.study import gather
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+CELLS = ("neither", "lengths", "quality", "both")
+
+
+def alone(e: Experiment) -> list[dict[str, Any]]:
+    """Each client's model trained alone: its loss on everybody's held-out rows and on the client's own."""
+    recipe, setting, start = e.recipe, e.setting(), e.trainer.start()
+    clients = []
+    for c in range(recipe.clients.count):
+        world, memory, began = start, {}, time.process_time()
+        for turn in range(recipe.turns):
+            done = work(setting, Job(turn, c, 0, 0, visit=turn), world, memory, e.rows[c])
+            world, memory = setting.method.own(world, setting.codec.decode(done.blob)), done.memory
+        seconds = time.process_time() - began
+        everybody = e.evaluate(world)
+        own = evaluate.heldout(e.view.model, e.data.own[c], e.collate, batch_size=recipe.evaluation.batch_size)
+        held = {k: e.data.summary[c][k] for k in ("rows", "cut", "lost", "corrupted")}
+        clients.append(
+            {"loss": everybody["loss"], "groups": everybody["groups"], "own": own["loss"], "own_tokens": own["tokens"]}
+            | {"tokens": e.data.clients[c].tokens, "seconds": seconds, **held}
+        )
+    return clients
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    path = RESULTS / "local.json"
+    done = json.loads(path.read_text()) if path.exists() else {"git": git_hash()}
+    for study in gather([HERE / "small.toml", HERE / "tiny.toml"]):
+        if study.study in done:
+            continue
+        chosen = json.loads((RESULTS / f"{study.study}.json").read_text())["variants"]
+        base, cells = None, {}
+        for variant in (v for v in study.variant if v.name in CELLS):
+            cells[variant.name] = []
+            for recipe in study.runs(variant, chosen[variant.name]["rate"]).values():
+                e = Experiment(recipe)
+                base = e.evaluate(e.trainer.start())["loss"] if base is None else base
+                cells[variant.name].append(alone(e))
+                print(study.study, variant.name, recipe.seed, [c["loss"] for c in cells[variant.name][-1]], flush=True)
+        done[study.study] = {"base": base, "cells": cells}
+        path.write_text(json.dumps(done, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
