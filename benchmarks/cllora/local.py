@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hocket import evaluate
 from hocket.client import work
 from hocket.experiment import Experiment
@@ -48,7 +46,6 @@ def alone(e: Experiment) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     path = RESULTS / "local.json"
     done = json.loads(path.read_text()) if path.exists() else {"git": git_hash()}
     for study in gather([HERE / "small.toml", HERE / "tiny.toml"]):
