@@ -2,8 +2,8 @@
 
 Reads the rates that `hocket compare` chose for the studies small and tiny beside this file, and trains every client of
 every cell alone: as many jobs, with the same rows, batches and rate, as it does in the federation, each starting from
-what its last one came to. Writes results/local.json, which also says what clients hold. A study's results are not
-made again while they are there.
+what its last one came to. Writes local.json beside this file, which also says what clients hold. A study that is in
+it is not done again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def alone(e: Experiment) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    path = RESULTS / "local.json"
+    path = HERE / "local.json"
     done = json.loads(path.read_text()) if path.exists() else {"git": git_hash()}
     for study in gather([HERE / "small.toml", HERE / "tiny.toml"]):
         if study.study in done:
