@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format bench parablock async lora clean
+.PHONY: help env demo test lint format bench parablock async cllora lora clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,13 @@ lora: $(READY)  ## LoRA for clients of unequal ranks, resumable (about an hour a
 	$(BIN)/python -m hocket models pull minilm-l6-v2
 	$(BIN)/python -m hocket compare benchmarks/lora/*.toml --jobs 2 --results benchmarks/lora/results
 	$(BIN)/python benchmarks/lora/report.py
+
+cllora: $(READY)  ## texts unequal among clients, resumable (about an hour on two cores; see docs/cllora.md)
+	test -f runs/gpt2-small/provenance.json || $(BIN)/python benchmarks/async/train_gpt2.py
+	test -f runs/gpt2-tiny/provenance.json || $(BIN)/python benchmarks/async/train_gpt2.py --width 64 --layers 2 --steps 1000 --test none --out runs/gpt2-tiny
+	$(BIN)/python -m hocket compare benchmarks/cllora/*.toml --jobs 1 --results benchmarks/cllora/results
+	$(BIN)/python benchmarks/cllora/local.py
+	$(BIN)/python benchmarks/cllora/report.py
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
