@@ -117,7 +117,8 @@ def _headline(run: Any) -> str:
             f" (n = {last['n']}, 95 % {last['loss_low']:.4f} to {last['loss_high']:.4f})" if "loss_low" in last else ""
         )
         before = f"{s['start_loss']:.4f} -> " if s["start_loss"] is not None else ""
-        lines.append(f"held-out loss {before}{s['final_loss']:.4f}{shown}")
+        whose = "own models' loss on clients' own held-out rows" if run.personal else "held-out loss"
+        lines.append(f"{whose} {before}{s['final_loss']:.4f}{shown}")
     for key, n in (("accuracy", "n"), ("gsm8k", "gsm8k_n")):
         if key in last:
             low, high = last[f"{key}_low"], last[f"{key}_high"]

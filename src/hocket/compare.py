@@ -169,6 +169,9 @@ def _perform(toml: str, folder: str) -> dict[str, Any]:
     s = found.summary()
     return {
         "ran": ran, "git": found.manifest["git"], "loss": _number(last["loss"]), "start_loss": s["start_loss"],
+        "personal": found.personal, "clients_loss": last["loss"] if found.personal else last.get("clients_loss"),
+        "clients_accuracy": last.get("accuracy") if found.personal else last.get("clients_accuracy"),
+        "clients_n": last["n"] if found.personal else last.get("clients_n"),
         "heldout_rows": last["n"], "virtual_seconds": s["virtual_seconds"],
         "up_bytes": s["up_bytes"], "down_bytes": s["down_bytes"], "catch_up_bytes": found.steps[-1].get("catch_up", 0),
         "local_steps": int(sum(c.get("steps", 0) for c in found.clients.values())), "turns": s["versions"],
@@ -188,9 +191,15 @@ def _number(x: Any) -> float:
 def summary(study: Study, chosen: Mapping[str, Chosen], runner: Runner) -> dict[str, Any]:
     """For each variant its rate, losses by seed with mean and standard deviation, and its paired difference to
     `versus`: mean, 95 % interval (Student's t over seeds) and two-sided p; times and bytes are means over seeds.
-    `reached` and `reached_bytes`: for each seed, when it was first as good as `versus` was in the end."""
+    `reached` and `reached_bytes`: for each seed, when it was first as good as `versus` was in the end.
+
+    With a personalized method among the variants, all are held to what it can be scored on: the clients' own rows, on
+    which other methods have their one model. Nobody's way there is known then, and nothing is `reached`."""
     versus = study.versus or study.variant[0].name
     runs = {n: {s: runner.result(r) for s, r in study.runs(c.variant, c.rate).items()} for n, c in chosen.items()}
+    own = {n: any(r.get("personal") for r in rs.values()) for n, rs in runs.items()}
+    if any(own.values()):
+        runs = {n: {s: _on_own_rows(r) for s, r in rs.items()} for n, rs in runs.items()}
     base = [r["start_loss"] for rs in runs.values() for r in rs.values() if r["start_loss"] is not None]
     goal = {s: r["loss"] for s, r in runs[versus].items()}
     rows = {}
@@ -199,6 +208,7 @@ def summary(study: Study, chosen: Mapping[str, Chosen], runner: Runner) -> dict[
         mean = lambda key, rs=by_seed: statistics.fmean(r[key] for r in rs.values())  # noqa: E731
         rows[name] = {
             "rate": chosen[name].rate,
+            "personal": own[name],
             "tuning": {f"{rate:g}": loss for rate, loss in chosen[name].tuned.items()},
             "losses": losses,
             "loss": statistics.fmean(losses),
@@ -221,9 +231,19 @@ def summary(study: Study, chosen: Mapping[str, Chosen], runner: Runner) -> dict[
     everything = [r for by_seed in runs.values() for r in by_seed.values()]
     return {
         "study": study.study, "git": " ".join(sorted({str(r["git"]) for r in everything})), "seeds": study.seeds,
-        "versus": versus, "heldout_rows": sorted({r["heldout_rows"] for r in everything}),
+        "versus": versus, "on_own_rows": any(own.values()),
+        "heldout_rows": sorted({r["heldout_rows"] for r in everything}),
         "base_loss": statistics.fmean(base) if base else None, "variants": rows,
     }  # fmt: skip
+
+
+def _on_own_rows(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's result with its scores on the clients' own held-out rows in place of those on the common ones."""
+    if result["clients_loss"] is None:
+        raise RecipeError("data.client_heldout: a personalized method is compared on clients' own rows; set it for all")
+    scores = {"loss": _number(result["clients_loss"]), "accuracy": result["clients_accuracy"]}
+    unknown: dict[str, Any] = {"f1": None, "gsm8k": None, "start_loss": None, "curve": [], "moved": []}
+    return {**result, **scores, **unknown, "heldout_rows": result["clients_n"]}
 
 
 def _memory(recipe: Recipe) -> list[int]:
@@ -253,7 +273,7 @@ def table(result: Mapping[str, Any]) -> str:
     heads = [
         "variant",
         "rate",
-        f"held-out loss, mean ± sd of {count}",
+        f"{'own ' * bool(result.get('on_own_rows'))}held-out loss, mean ± sd of {count}",
         f"minus {versus} (95 %)",
         "p",
         "virtual s",
@@ -267,7 +287,7 @@ def table(result: Mapping[str, Any]) -> str:
         d = v["difference"]
         rows.append(
             [
-                name,
+                name + " (personalized)" * bool(v.get("personal")),
                 f"{v['rate']:g}",
                 f"{float(v['loss']):.4f}" + (f" ± {v['sd']:.4f}" if v["sd"] is not None else ""),
                 f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})" if d else "-",

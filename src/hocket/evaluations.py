@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from hocket.ledger import Ledger
 from hocket.server import Server
@@ -17,7 +19,9 @@ class Evaluations:
 
     Attributes:
         measure: metrics of the exported view, or None for never.
-        measure_last: more metrics, of the last evaluation.
+        measure_clients: metrics of the models of single clients, given a function from a client to its view; more of
+            the last evaluation, and all that counts of a method that leaves each client a model of its own.
+        memory: a client's private tensors as they are now.
         end: virtual second at which the run ends if its turns did not; it is evaluated then in any case.
         every: versions of training between evaluations.
         seconds: virtual seconds between evaluations; given, it replaces `every`.
@@ -30,7 +34,8 @@ class Evaluations:
     ledger: Ledger
     every: int = 1
     seconds: float | None = None
-    measure_last: Callable[[Tree], dict[str, Any]] | None = None
+    measure_clients: Callable[[Callable[[int], Tree]], dict[str, Any]] | None = None
+    memory: Callable[[int], Mapping[str, Tensor]] = lambda client: {}
     end: float | None = None
     due: bool = False
     mark: int = 1
@@ -60,14 +65,19 @@ class Evaluations:
         return end
 
     def _record(self, at: float, last: bool = False) -> None:
-        if self.measure is not None:
-            params, version = self.server.method.export(self.server.state), self.server.version
+        if self.measure is None:
+            return
+        method, version = self.server.method, self.server.version
+        params = method.export(self.server.state)
+        own = lambda client: method.personalized(params, self.memory(client))  # noqa: E731
+        result: dict[str, Any] = {}
+        if not method.personal:
             if self._seen is None or self._seen[0] != version:
                 self._seen = version, self.measure(params)
-            result = dict(self._seen[1])
-            if last and self.measure_last is not None:
-                result |= self.measure_last(params)
-            self.ledger.add("eval", t=at, version=version, **result)
+            result |= self._seen[1]
+        if self.measure_clients is not None and (last or method.personal):
+            result |= self.measure_clients(own)
+        self.ledger.add("eval", t=at, version=version, **result)
 
     def state_dict(self) -> dict[str, Any]:
         """What is due and when."""

@@ -113,20 +113,31 @@ class Experiment:
                 words=self.data.words, interrupted=self.trainer.interrupted,
             )  # fmt: skip
 
-    def evaluate_clients(self, params: Tree) -> dict[str, Any]:
-        """`clients`: the loss of the model with `params` on each client's own held-out rows, if it has any."""
-        if not self.data.own:
+    def evaluate_clients(self, view_of: Callable[[int], Tree]) -> dict[str, Any]:
+        """How each client's model, given by its view, does on its own held-out rows, if there are any.
+
+        Returns:
+            `clients`: each one's loss; and of all their rows together `clients_loss`, `clients_n`, for classification
+            `clients_accuracy`. For a method that leaves each client a model of its own these are the scores, `loss`,
+            `n`, `accuracy` and the like, with `personal` and once more as `personal_loss`, `personal_accuracy`.
+        """
+        found = []
+        for client, rows in enumerate(self.data.own):
+            self.trainer.place(view_of(client))
+            with autocast(self.view.device, self.trainer.precision):
+                found.append(
+                    evaluate.heldout(
+                        self.view.model, rows, self.collate, batch_size=self.recipe.evaluation.batch_size,
+                        device=self.view.device, interrupted=self.trainer.interrupted,
+                    )
+                )  # fmt: skip
+        if not found:
             return {}
-        self.trainer.place(params)
-        with autocast(self.view.device, self.trainer.precision):
-            found = [
-                evaluate.heldout(
-                    self.view.model, rows, self.collate, batch_size=self.recipe.evaluation.batch_size,
-                    device=self.view.device, interrupted=self.trainer.interrupted,
-                )
-                for rows in self.data.own
-            ]  # fmt: skip
-        return {"clients": [f["loss"] for f in found]}
+        out, score = {"clients": [f["loss"] for f in found]}, evaluate.pooled(found)
+        brief = {k: score[k] for k in ("loss", "accuracy") if k in score}
+        if self.method.personal:
+            return out | score | {"personal": True, **{f"personal_{k}": v for k, v in brief.items()}}
+        return out | {f"clients_{k}": v for k, v in (brief | {"n": score["n"]}).items()}
 
 
 def setting_of(recipe_toml: str) -> Setting:

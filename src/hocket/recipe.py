@@ -100,6 +100,13 @@ class Recipe(Section):
             raise ValueError(
                 f"model.adapter: '{m.name}' has no LoRA factors; merge the adapter into a model, or use method 'fedit'"
             )
+        if m.personal and not self.data.client_heldout:
+            raise ValueError(
+                f"data.client_heldout: '{m.name}' leaves each client a model of its own, which is scored on rows that "
+                "the client keeps from training; say how many"
+            )
+        if m.personal and self.evaluation.gsm8k:
+            raise ValueError(f"evaluation.gsm8k: '{m.name}' leaves each client a model of its own, and none to ask")
         if self.model.task == "classification" and self.data.packing:
             raise ValueError("data.packing: rows of a classification task are not joined; set it to false")
         if self.model.task == "classification" and self.evaluation.gsm8k:

@@ -141,7 +141,7 @@ def _simulation(
         experiment.server(), recipe.devices(), experiment.steps, experiment.down, experiment.up, executor, ledger,
         spool, experiment.evaluate, recipe.evaluation.every, recipe.evaluation.start,
         catch_up=recipe.clients.catch_up == "charged", seconds=recipe.seconds,
-        evaluate_seconds=recipe.evaluation.seconds, evaluate_last=experiment.evaluate_clients,
+        evaluate_seconds=recipe.evaluation.seconds, evaluate_clients=experiment.evaluate_clients,
     )  # fmt: skip
     if saved is not None:
         simulation.load_state_dict(saved["engine"])

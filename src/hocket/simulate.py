@@ -6,11 +6,12 @@ and it steps before anyone is asked again. `state_dict` after any event resumes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hocket import wire
 from hocket.client import beside_bytes
@@ -43,7 +44,7 @@ class Simulation:
             `evaluate_every` versions or `evaluate_seconds` seconds if that is given, and last.
         on_event: called after every event, when the state may be saved; may raise `Interrupted`.
         seconds: virtual time after which the run ends even if the server has not finished; None: no limit.
-        evaluate_last: further metrics for the last evaluation.
+        evaluate_clients: metrics of clients' own models (see `Evaluations`).
         catch_up: whether what a client missed before the last version costs time and counts as moved; it is written
             down either way.
     """
@@ -53,14 +54,16 @@ class Simulation:
         executor: Executor, ledger: Ledger | None = None, spool: Spool | None = None,
         evaluate: Callable[[Tree], dict[str, Any]] | None = None, evaluate_every: int = 1, evaluate_start: bool = True,
         on_event: Callable[[], None] = lambda: None, catch_up: bool = True, seconds: float | None = None,
-        evaluate_seconds: float | None = None, evaluate_last: Callable[[Tree], dict[str, Any]] | None = None,
+        evaluate_seconds: float | None = None,
+        evaluate_clients: Callable[[Callable[[int], Tree]], dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         self.server, self.devices, self.steps = server, devices, steps
         self.ledger, self.spool = ledger or Ledger(), spool or Spool()
         self.up, self.executor = up, executor
         self.evaluations = Evaluations(
-            evaluate, server, self.ledger, evaluate_every, evaluate_seconds, evaluate_last, seconds, evaluate_start
-        )
+            evaluate, server, self.ledger, evaluate_every, evaluate_seconds, evaluate_clients, self._remembered,
+            seconds, evaluate_start,
+        )  # fmt: skip
         self.on_event, self.catch_up = on_event, catch_up
         self.clock = Clock()
         self.flights: dict[int, Flight] = {}
@@ -166,6 +169,9 @@ class Simulation:
         memory = self.spool.get(self.memory[client]) if client in self.memory else None
         info = self.server.clients[client]
         self.executor.submit(Task(flight.job, view, memory, info.rows, info.traits))
+
+    def _remembered(self, client: int) -> Mapping[str, Tensor]:
+        return self.spool.get(self.memory[client]) if client in self.memory else {}
 
     # --- hearing ------------------------------------------------------------------------------------------------
     def _on_computed(self, key: int) -> None:

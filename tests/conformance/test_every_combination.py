@@ -174,9 +174,10 @@ def test_one_client_is_local_training(meth: str) -> None:
     w.simulation.run()
     server = by_hand.simulation.server
     m, state = server.method, server.state
+    memory: Tree = {}
     for turn in range(3):
         values = m.send(state, server.clients[0], turn)
-        sent = m.train(Local(0, values, {}, turn, 3, turn, 7, by_hand.trainer, server.clients[0].traits), values)
+        sent = m.train(Local(0, values, memory, turn, 3, turn, 7, by_hand.trainer, server.clients[0].traits), values)
         read = m.accept(state["params"], sent) if m.anchored else sent
         state = m.step(state, [Update(turn, 0, turn, turn, read)], [1.0])
     assert digest(m.export(state)) == digest(w.final)
@@ -222,6 +223,7 @@ FORMULA = {  # bytes of the payload a round and client, up, from each method's f
     **{name: of(A, B) for name in ("fedit", "flora", "florist", "fedex-lora", "flexlora", "raflora", "hetlora")},
     **{name: of(A, B) for name in ("hlora", "hlora-delta")},
     **{name: of(B) for name in ("ffa-lora", "fedsvd")},
+    "fedsa-lora": of(A),
     "rolora": lambda v, turn: of(A if turn % 2 else B)(v, turn),
     "slora": of(A, B),  # in both stages
     "fedbcd": of(""),  # two layers, two layers per block: the one block is the whole view

@@ -229,7 +229,8 @@ def test_the_last_evaluation_has_each_clients_own_loss(tmp_path: Path) -> None:
     assert [len(r.get("clients", [])) for r in evals] == [0, 0, 2]
     assert all(r["word_perplexity"] > r["perplexity"] for r in evals)
     e = Experiment(recipe)
-    found = e.evaluate_clients(e.trainer.start())["clients"]
+    start = e.trainer.start()
+    found = e.evaluate_clients(lambda client: start)["clients"]
     for rows, loss in zip(e.data.own, found, strict=True):
         assert loss == pytest.approx(heldout(e.view.model, rows, e.collate)["loss"], rel=1e-5)
     trained = {tuple(r["input_ids"].tolist()) for c in e.data.clients for r in c}

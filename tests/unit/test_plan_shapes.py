@@ -101,6 +101,7 @@ def test_methods_with_state_of_their_own_are_planned_as_they_step() -> None:
 METHODS: dict[str, Any] = {n: {"name": n} for n in method.names()}
 METHODS |= {n: {"name": n, "rank": 2} for n in ("fedit", "ffa-lora", "flora")}
 METHODS["slora"] |= {"rank": 2, "sparse_turns": 2}
+METHODS["florist"] |= {"rank": 2, "energy": 1.0}  # below that it depends on values how much a stack keeps
 METHODS["fedbcd, guided"] = {"name": "fedbcd", "order": "gradient"}
 METHODS["fedavg, adam"] = {"name": "fedavg", "server_optimizer": "adam"}
 SETTINGS: dict[str, tuple[dict[str, Any], Any, Any]] = {  # schedule, codecs up and down
@@ -129,7 +130,7 @@ def test_a_plan_is_the_run(meth: str, setting: str, monkeypatch: pytest.MonkeyPa
     try:
         recipe = parse(
             {
-                "model": {"source": "tiny:llama"}, "data": {"source": "docstrings"}, "turns": 4, "seed": 7,
+                "model": {"source": "tiny:llama"}, "data": {"source": "docstrings", "client_heldout": 1}, "turns": 4, "seed": 7,
                 "method": METHODS[meth], "schedule": sched, "codec": {"up": up, "down": down},
                 "training": {"local_steps": 2}, "clients": {"count": 3, "each": each},
             }

@@ -10,9 +10,9 @@ import torch
 
 from hocket.evaluate.generate import generate
 from hocket.evaluate.gsm8k import extract, gsm8k
-from hocket.evaluate.loss import heldout, wilson
+from hocket.evaluate.loss import heldout, pooled, wilson
 
-__all__ = ["evaluate", "extract", "generate", "gsm8k", "heldout", "wilson"]
+__all__ = ["evaluate", "extract", "generate", "gsm8k", "heldout", "pooled", "wilson"]
 
 
 def evaluate(

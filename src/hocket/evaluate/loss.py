@@ -85,6 +85,20 @@ def heldout(
     return out
 
 
+def pooled(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`loss` (`perplexity`, or `accuracy` with its interval), `n` and `tokens` of several results of `heldout` as if
+    their rows were one set, though each may be of a model of its own."""
+    n = sum(f["n"] for f in found)
+    units = [f.get("tokens", f["n"]) for f in found]
+    mean = sum(f["loss"] * u for f, u in zip(found, units, strict=True)) / max(sum(units), 1)
+    out: dict[str, Any] = {"loss": mean, "n": n}
+    if "accuracy" not in found[0]:
+        return out | {"perplexity": math.exp(mean) if mean < 700 else math.inf, "tokens": sum(units)}
+    hits = round(sum(f["accuracy"] * f["n"] for f in found))
+    low, high = wilson(hits, n)
+    return out | {"accuracy": hits / n, "accuracy_low": low, "accuracy_high": high}
+
+
 def _rows(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(summed loss, label count, best class) of each row."""
     logits, target = predictions(model, batch)

@@ -93,7 +93,7 @@ def _title(run: Run) -> str:
 def _one(run: Run) -> str:
     s = run.summary()
     pairs = [
-        ("held-out loss", _loss(s)),
+        (f"{'own ' * run.personal}held-out loss", _loss(s)),
         ("virtual time", duration(s["virtual_seconds"])),
         ("down", size(s["down_bytes"])),
         ("up", size(s["up_bytes"])),
@@ -118,7 +118,8 @@ def _several(runs: list[Run], figures: list[str]) -> str:
     rows = []
     for run in runs:
         s = run.summary()
-        reach = run.reached(first["final_loss"]) if first["final_loss"] is not None else None
+        same = run.personal == runs[0].personal  # else the losses are of other rows
+        reach = run.reached(first["final_loss"]) if first["final_loss"] is not None and same else None
         time = s["virtual_seconds"] / first["virtual_seconds"] if first["virtual_seconds"] else float("nan")
         moved, base = s["down_bytes"] + s["up_bytes"], first["down_bytes"] + first["up_bytes"]
         busy = list(s["busy"].values())
@@ -141,7 +142,13 @@ def _several(runs: list[Run], figures: list[str]) -> str:
 def _charts(runs: list[Run], figures: list[str]) -> str:
     html = ""
     if any(r.evals for r in runs):
-        html += "<h2>Held-out loss</h2><div class='grid'>"
+        html += "<h2>Held-out loss</h2>"
+        if any(r.personal for r in runs):
+            html += (
+                "<p class='soft'>Of a personalized run: each client's own model on the client's own held-out rows; it "
+                "does not compare to losses on the common rows.</p>"
+            )
+        html += "<div class='grid'>"
         for x, what in (("version", "turns"), ("t", "virtual time"), ("bytes", "bytes moved")):
             html += _place(charts.loss_curves(runs, x), f"loss-{x}", f"Held-out loss against {what}", figures)
         html += "</div>"

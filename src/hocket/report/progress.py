@@ -58,7 +58,8 @@ class Progress:
         if row["what"] == "eval":
             self._eval = row["loss"]
             if not self._live and not self.quiet:
-                self._console.print(f"  turn {row['version']}: held-out loss {row['loss']:.4f}")
+                whose = "own " if row.get("personal") else ""
+                self._console.print(f"  turn {row['version']}: {whose}held-out loss {row['loss']:.4f}")
         elif row["what"] == "warning":
             self._console.print(f"warning: {row['text']}", markup=False)
         elif row["what"] == "data" and not self.quiet:

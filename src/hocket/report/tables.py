@@ -32,6 +32,7 @@ class Run:
         planned, measured: for each client bytes of memory by part and phase (see `PARTS`), the largest of its jobs;
             empty unless the recipe states machines' memory, or asks to measure it.
         seconds: virtual time of the last record.
+        personal: losses and accuracies are of each client's own model on its own held-out rows.
         label: what to call it.
     """
 
@@ -48,6 +49,7 @@ class Run:
     uses: int = 0
     seconds: float = 0.0
     finished: bool = False
+    personal: bool = False
     label: str = ""
 
     def summary(self) -> dict[str, Any]:
@@ -56,6 +58,7 @@ class Run:
         total = {lane: sum(c[f"{lane}_bytes"] for c in self.clients.values()) for lane in ("down", "up")}
         return {
             "name": self.label,
+            "personal": self.personal,
             "start_loss": first.get("loss") if first.get("version") == 0 else None,
             "final_loss": last.get("loss"),
             "perplexity": last.get("perplexity"),
@@ -88,7 +91,6 @@ class Run:
         """(x, held-out loss) points; x is "version", "t" or "bytes" (cumulative, both directions)."""
         moved = {0: 0.0} | {s["version"]: float(s["down"] + s["up"]) for s in self.steps}
         return [(moved.get(e["version"], 0.0) if x == "bytes" else float(e[x]), e["loss"]) for e in self.evals]
-
 
     def layers(self, what: str) -> list[tuple[float, float]]:
         """(version, mean over modules) of a step's `error` or `rank`, where the method writes them down."""
@@ -146,6 +148,8 @@ def read(path: Path, keep: int = 4000) -> Run:
             except ValueError as error:
                 raise StoreError(f"'{ledger}', line {number}: not JSON: {error}") from error
             _take(run, row, blank, keep)
+    if run.personal:
+        run.label += " (personalized)"
     return run
 
 
@@ -175,6 +179,7 @@ def _take(run: Run, row: dict[str, Any], blank: dict[str, float], keep: int) -> 
         run.steps.append(row)
     elif what == "eval":
         run.evals.append(row)
+        run.personal = run.personal or bool(row.get("personal"))
     elif what == "end":
         run.finished = True
 
