@@ -19,6 +19,7 @@ from hocket.experiment import Experiment
 from hocket.methods import Job
 from hocket.provenance import git_hash
 from hocket.study import gather
+from hocket.tree import Tree
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -26,7 +27,8 @@ CELLS = ("neither", "lengths", "quality", "both")
 
 
 def alone(e: Experiment) -> list[dict[str, Any]]:
-    """Each client's model trained alone: its loss on everybody's held-out rows and on the client's own."""
+    """Each client's model trained alone: its loss on everybody's held-out rows and on the client's own, and the start
+    model's on these, which are others in another partition."""
     recipe, setting, start = e.recipe, e.setting(), e.trainer.start()
     clients = []
     for c in range(recipe.clients.count):
@@ -35,14 +37,18 @@ def alone(e: Experiment) -> list[dict[str, Any]]:
             done = work(setting, Job(turn, c, 0, 0, visit=turn), world, memory, e.rows[c])
             world, memory = setting.method.own(world, setting.codec.decode(done.blob)), done.memory
         seconds = time.process_time() - began
-        everybody = e.evaluate(world)
-        own = evaluate.heldout(e.view.model, e.data.own[c], e.collate, batch_size=recipe.evaluation.batch_size)
+        before, own, everybody = owned(e, c, start), owned(e, c, world), e.evaluate(world)
         held = {k: e.data.summary[c][k] for k in ("rows", "cut", "lost", "corrupted")}
-        clients.append(
-            {"loss": everybody["loss"], "groups": everybody["groups"], "own": own["loss"], "own_tokens": own["tokens"]}
-            | {"tokens": e.data.clients[c].tokens, "seconds": seconds, **held}
-        )
+        found = {"loss": everybody["loss"], "groups": everybody["groups"], "own": own["loss"]}
+        found |= {"own_start": before["loss"], "own_tokens": own["tokens"], "seconds": seconds}
+        clients.append(found | held | {"tokens": e.data.clients[c].tokens})
     return clients
+
+
+def owned(e: Experiment, client: int, params: Tree) -> dict[str, Any]:
+    """A model on a client's own held-out rows."""
+    e.trainer.place(params)
+    return evaluate.heldout(e.view.model, e.data.own[client], e.collate, batch_size=e.recipe.evaluation.batch_size)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib.util
 import json
 import math
 from itertools import pairwise
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from hocket import run
 from hocket.client import work
 from hocket.data import prepare
 from hocket.data.corrupt import rates, words
@@ -260,3 +262,25 @@ def test_an_update_weighs_the_label_tokens_it_was_trained_on(source: str) -> Non
     assert max(found) > 2 * min(found)
     assert trained("examples")[1] == trained("rows")[1] == [30.0] * 4
     assert trained("uniform")[1] == [1.0] * 4
+
+
+# --- the study -------------------------------------------------------------------------------------------------------
+def test_a_client_alone_is_a_federation_of_one(source: str, tmp_path: Path) -> None:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "cllora" / "local.py"
+    spec = importlib.util.spec_from_file_location("cllora_local", path)
+    assert spec and spec.loader
+    local = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(local)
+    recipe = parse({
+        "turns": 3, "model": {"source": "tiny:gpt2"}, "method": {"name": "fedit"}, "clients": {"count": 1},
+        "data": {"source": source, "template": "plain", "limit": 60, "partition": "lengths", "client_heldout": 4, "corruption": 0.5},
+        "training": {"local_steps": 2, "lr": 0.01}, "evaluation": {"every": 3},
+    })  # fmt: skip
+    run.start(recipe, tmp_path / "run")
+    records = map(json.loads, (tmp_path / "run" / "ledger.jsonl").read_text().splitlines())
+    last = [r for r in records if r["what"] == "eval"][-1]
+    (alone,) = local.alone(Experiment(recipe))
+    assert alone["loss"] == pytest.approx(last["loss"], abs=1e-6) != pytest.approx(alone["own"], abs=1e-6)
+    assert [alone["own"]] == pytest.approx(last["clients"], abs=1e-6)
+    assert alone["groups"] == pytest.approx(last["groups"], abs=1e-6)
+    assert alone["corrupted"] == round(0.5 * alone["rows"])
