@@ -44,7 +44,7 @@ class FedEx(Merging):
             held = [(u.payload, w, s) for u, w, s in zip(updates, weights, shares, strict=True) if m + A in u.payload]
             held = [h for h in held if m + B in h[0]]
             unit = self.server_lr / (sum(s for _, _, s in held) or 1.0)
-            if len(held) > 1:
+            if len(held) > _whole([w * unit for _, w, _ in held]):  # one alone, added whole, leaves nothing
                 stack[m + A], stack[m + B] = self._residual(m, [(sent, w * unit) for sent, w, _ in held])
         return self.merged(state, super().step(state, updates, weights, shares), stack)
 
@@ -53,7 +53,7 @@ class FedEx(Merging):
         das, dbs = [sent[m + A] for sent, _ in held], [sent[m + B] for sent, _ in held]
         share = [p for _, p in held]
         mean = sum((p * da for p, da in zip(share, das, strict=True)), torch.zeros_like(das[0]))
-        if abs(sum(share) - 1) < 1e-9:  # sum_i p_i (dA_i - dA) = 0: the last client's dB can be taken off all
+        if _whole(share):  # sum_i p_i (dA_i - dA) = 0: the last client's dB can be taken off all
             dbs, das, share = [db - dbs[-1] for db in dbs[:-1]], das[:-1], share[:-1]
         s = self.scale(m)
         a = torch.cat([s * p * (da - mean) for p, da in zip(share, das, strict=True)])
@@ -67,3 +67,7 @@ class FedEx(Merging):
             a, b = pair(after["last"], m)
             got.append((b, a))
         return ideal, got
+
+
+def _whole(share: Sequence[float]) -> bool:
+    return abs(sum(share) - 1) < 1e-9

@@ -7,21 +7,25 @@ https://arxiv.org/abs/2505.12805; checked against the authors' code.
 
 Bytes a round and client: up s_c sum_m r out_m, down s_c sum_m r (in_m + out_m). Exact: the mean, as in FFA-LoRA, and
 the decomposition at rank r. The rows of every A lie in the span of the first one's: it is FFA-LoRA with an orthonormal
-A in good order, and its capacity is that of the random A it begins with.
+A in good order, and its capacity is that of the random A it begins with. So B's of any version are summed as
+coordinates of that span, and directions that have no singular value yet lie in it too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from hocket.methods.base import PLAIN, Local, method
+from hocket.methods.base import PLAIN, Local, State, Update, method
 from hocket.methods.effective import Effective
-from hocket.methods.lora import A
+from hocket.methods.lora import A, B
 from hocket.methods.unequal import Model
+from hocket.products import Product
+from hocket.tree import Tree
 
 
 @method("fedsvd")
@@ -34,5 +38,22 @@ class FedSVD(Effective):
     def trains(self, local: Local) -> Callable[[str], bool]:
         return lambda name: not name.endswith(A)
 
-    def started(self, m: str, model: Model) -> int:
-        return model.rank(m)
+    def check(self, state: State, update: Update) -> str | None:
+        for k in update.payload:
+            if k.endswith(A):
+                return f"'{k}' is not a client's to change"
+        return super().check(state, update)
+
+    def _sum(self, m: str, models: Sequence[Model], share: Sequence[float], now: Tree | None = None) -> list[Product]:
+        if not models:
+            return []
+        tree = models[0].then if now is None else now
+        a, b = tree[m + A], torch.zeros_like(tree[m + B]) if now is None else tree[m + B].clone()
+        for x, p in zip(models, share, strict=True):
+            rank, then = x.rank(m), x.then[m + A]
+            step = p * (x[m + B] - x.then[m + B][:, :rank])
+            if then is a:
+                b[:, :rank] += step
+            else:
+                b += step @ then[:rank] @ torch.linalg.pinv(a)  # its rows as coordinates in a's
+        return [(b, a)]

@@ -3,8 +3,8 @@
 Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (HetLoRA), EMNLP 2024,
 https://arxiv.org/abs/2401.06432 (abstract, captions and third parties' code read; gamma and lambda are not firm).
 
-    client i:  A_i = A[:r_i], B_i = B[:, :r_i];   minimizes f_i + lambda sum_m ||B_i[:, t:]|| ||A_i[t:]||, t = gamma r_i
-               after training, if that tail weighs less than before:  r_i <- t, and the tail is not sent
+    client i:  A_i = A[:r_i], B_i = B[:, :r_i];   minimizes f_i + lambda sum_m ||B_i[:, t:]|| ||A_i[t:]||,
+               t = max(1, floor(gamma r_i));   if the tail from t on weighs less after training:  r_i <- t, and it is not sent
     server:    A <- sum_i w_i pad(A_i),  B <- sum_i w_i pad(B_i),   w_i = ||M_i|| / sum_j ||M_j||,  M_i = s_i B_i A_i
 
 Bytes a round and client, each way: s_c sum_m r_i (in_m + out_m) with the rank of that round. With `norm = "none"`,
@@ -56,11 +56,11 @@ class HetLoRA(Unequal):
         return super().init(params, seed) | {"ranks": {}}
 
     def send(self, state: State, client: Client, version: int) -> Tree:
-        own = state["ranks"].get(client.id, client.traits.get("rank", self.rank))
+        own = state["ranks"].get(client.id, client.traits.get("rank"))
         return super().send(state, replace(client, traits={**client.traits, "rank": own}), version)
 
     def train(self, local: Local, start: Tree) -> Tree:
-        t = {m: int(self.gamma * len(start[m + A])) for m in modules(start)}
+        t = {m: max(1, int(self.gamma * len(start[m + A]))) for m in modules(start)}  # one component is no tail
 
         def tail(tree: Mapping[str, Tensor]) -> Tensor:
             norm = torch.linalg.vector_norm
@@ -73,8 +73,8 @@ class HetLoRA(Unequal):
             return delta
         if float(tail({k: start[k] + delta[k] for k in delta})) < float(tail(start)):
             for m, k in t.items():
-                if k:
-                    delta[m + A], delta[m + B] = delta[m + A][:k].clone(), delta[m + B][:, :k].clone()
+                unit = self.scale(m, len(start[m + A])) / self.scale(m, k)  # the server reads it with the rank it has now
+                delta[m + A], delta[m + B] = delta[m + A][:k].clone(), delta[m + B][:, :k] * unit
         return delta
 
     def accept(self, then: Tree, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -136,4 +136,6 @@ class Padded(Lazy):
     def norm(self, group: Sequence[str]) -> float:
         """||M||_F over these modules."""
         held = [m for m in group if m + A in self._model]
+        if any(self._model[m + A].is_meta for m in held):
+            return 1.0  # a plan: shapes have no norm
         return sum(products.norm([(self._model[m + B], self._model[m + A])]) ** 2 for m in held) ** 0.5

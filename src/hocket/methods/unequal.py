@@ -69,14 +69,12 @@ class Unequal(LoRA):
         for m in modules(sent):
             if m + A not in params:
                 return f"unknown tensor '{m}{A if m + A in sent else B}'"
-            a, b = sent.get(m + A), sent.get(m + B)
-            ranks = {len(a) if a is not None and a.ndim == 2 else -1} if a is not None else set()
-            ranks |= {b.shape[-1] if b.ndim == 2 else -1} if b is not None else set()
-            shapes = [tuple(x.shape) for x in (b, a) if x is not None]
-            wide = a is not None and a.shape[-1] != params[m + A].shape[1]
-            tall = b is not None and b.shape[0] != params[m + B].shape[0]
-            if len(ranks) > 1 or wide or tall or not 0 < min(ranks) <= len(params[m + A]):
-                return f"'{m}' has factors of shapes {shapes}; ranks go up to {len(params[m + A])}"
+            (a, b), top = (sent.get(m + A), sent.get(m + B)), self.rank_of(m)
+            inner, out = params[m + A].shape[1], params[m + B].shape[0]
+            fits = [(a is None or a.shape == (r, inner)) and (b is None or b.shape == (out, r)) for r in range(1, top + 1)]
+            if not any(fits):
+                shapes = [tuple(x.shape) for x in (b, a) if x is not None]
+                return f"'{m}' has factors of shapes {shapes}, expected ({out}, r) and (r, {inner}) with r up to {top}"
             if any(x is not None and not finite(x) for x in (a, b)):
                 return f"'{m}' holds values that are not finite"
         rest = {k: sent[k] for k in sent if not k.endswith((A, B))}
