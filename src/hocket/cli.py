@@ -275,11 +275,12 @@ def export_command(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="Folder to make.")],
     merge: Annotated[bool, typer.Option(help="Write the whole model instead of an adapter.")] = False,
+    client: Annotated[int | None, typer.Option(help="Whose model, where each client has its own.")] = None,
 ) -> None:
     """Write the tuned model: a PEFT adapter, or a Hugging Face model."""
     from hocket.export import export
 
-    console.print(f"{export(run, out, merge)}: {out}")
+    console.print(f"{export(run, out, merge, client)}: {out}")
 
 
 def main() -> None:

@@ -9,23 +9,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hocket import models, store
 from hocket.errors import StoreError
+from hocket.methods import Method
 from hocket.methods.lora import BASE, PREFIX, A, modules
 from hocket.models import views
 from hocket.models.views import View
+from hocket.recipe import Recipe
 from hocket.recipe import load as load_recipe
 
 
-def export(run: Path, out: Path, merge: bool = False) -> str:
+def export(run: Path, out: Path, merge: bool = False, client: int | None = None) -> str:
     """Write the model of a run's newest checkpoint.
 
     Args:
         run: run folder, finished or not.
         out: folder to make.
         merge: for adapters, add them to the base weights and write the whole model.
+        client: whose model, where the method leaves each client one of its own.
 
     Returns:
         "adapter" (open it with `PeftModel.from_pretrained`) or "model" (open it with `from_pretrained`).
@@ -37,27 +41,46 @@ def export(run: Path, out: Path, merge: bool = False) -> str:
     if not (run / "recipe.toml").exists():
         raise StoreError(f"'{run}' holds no run: recipe.toml is missing")
     recipe = load_recipe(run / "recipe.toml")
-    saved, _ = store.load(run / "checkpoint", recipe.hash)
     method: Any = recipe.build_method()
+    spool = store.Spool(run / "spool")
+    saved, _ = store.load(run / "checkpoint", recipe.hash, spool if method.personal else None)
     m = recipe.model
     loaded = models.load(m.source, task=m.task, num_labels=m.num_labels, seed=recipe.seed)
     result = method.export(saved["engine"]["server"]["state"])
+    if method.personal or client is not None:
+        result = method.personalized(result, _memory(recipe, method, saved["engine"], spool, client))
     if method.view == "lora":
         method = _fitted(method, result)
     view = views.make(loaded.model, method, m.task, recipe.seed)
     if missing := sorted(set(view.params) ^ set(result)):
         raise StoreError(f"run and model differ in tensors, for example '{missing[0]}'; was the model changed?")
+    # a base that was written into cannot be told by an adapter
+    before = view.start()
+    written = any(not torch.equal(x.to(before[k]), before[k]) for k, x in result.items() if k.endswith(BASE))
     view.place(result)
     if m.task == "classification":
         _name_classes(view.model.config, run)
-    if method.view == "lora" and not merge and not method.merges:
+    if method.view == "lora" and not merge and not written:
         return _adapter(view, loaded, out)
     whole = view.model
-    if method.view == "lora":  # a base that was written into cannot be told by an adapter
+    if method.view == "lora":
         _untied(view)
         whole = whole.merge_and_unload()
     models.export(whole, loaded.tokenizer, out)
     return "model"
+
+
+def _memory(
+    recipe: Recipe, method: Method, engine: Mapping[str, Any], spool: store.Spool, client: int | None
+) -> Mapping[str, Tensor]:
+    """What that client remembers. Raises `StoreError` if the method does not ask for a client, or for this one."""
+    last = recipe.clients.count - 1
+    if not method.personal:
+        raise StoreError(f"'{method.name}' has one model for all clients; leave out --client")
+    if client is None or not 0 <= client <= last:
+        raise StoreError(f"'{method.name}' leaves each client a model of its own; name one, --client 0 to {last}")
+    spool.load_state_dict(engine["spool"])
+    return spool.get(engine["memory"][client]) if client in engine["memory"] else {}
 
 
 def _fitted(method: Any, result: Mapping[str, Tensor]) -> Any:

@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from worlds import World, collate, language, tokens
 
 from hocket import run, store
 from hocket.compare import Chosen, summary, table
 from hocket.compare import _perform as performed
-from hocket.errors import RecipeError
+from hocket.errors import RecipeError, StoreError
 from hocket.evaluate import heldout, pooled
 from hocket.experiment import Experiment
+from hocket.export import export
 from hocket.methods import Client, Local, Update, method
 from hocket.methods.fedsa import OWN
 from hocket.methods.lora import A, B
+from hocket.models import load
 from hocket.recipe import parse
 from hocket.report import build, read
 from hocket.study import Study
@@ -168,6 +171,24 @@ def test_a_run_scores_each_client_s_own_model_head_included(tmp_path: Path) -> N
     assert len(heads) == 3
     at_start = heldout_of(e, view)
     assert evals[0]["loss"] == pytest.approx(at_start, rel=1e-5)
+
+
+def test_a_client_s_model_is_exported_as_it_was_scored(tmp_path: Path) -> None:
+    r = recipe(tmp_path, "fedsa-lora")
+    out = run.start(r, tmp_path / "run")
+    for client in (None, 3, -1):
+        with pytest.raises(StoreError, match="name one, --client 0 to 2"):
+            export(out, tmp_path / "no", client=client)
+    last = read(out).evals[-1]
+    e = Experiment(r)
+    for c in (0, 2):
+        assert export(out, tmp_path / f"adapter{c}", client=c) == "adapter"
+        base = load("tiny:bert", task="classification", num_labels=2, seed=r.seed).model
+        opened = PeftModel.from_pretrained(base, tmp_path / f"adapter{c}")
+        assert heldout(opened, e.data.own[c], e.collate)["loss"] == pytest.approx(last["clients"][c], rel=1e-5)
+    other = run.start(recipe(tmp_path, "fedit"), tmp_path / "other")
+    with pytest.raises(StoreError, match="leave out --client"):
+        export(other, tmp_path / "no", client=0)
 
 
 def heldout_of(e: Experiment, view: Tree) -> float:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from worlds import World, assemble, collate, language, tokens
 
+from hocket import run
 from hocket.errors import RecipeError
+from hocket.evaluate import heldout
+from hocket.experiment import Experiment
+from hocket.export import export
 from hocket.methods import Client, Local, Update, method, slora
 from hocket.methods.slora import BASE, ENTRIES, STAGE, A, B, modules
+from hocket.models import load
 from hocket.models.tiny import tiny
 from hocket.models.views import View, make
+from hocket.recipe import parse
+from hocket.report import read
 from hocket.schedules import schedule
 from hocket.sections import Training
 from hocket.training import TorchTrainer
@@ -282,3 +291,21 @@ def test_it_learns_in_both_stages_under_any_clock(sched: str) -> None:
     w.simulation.run()
     assert losses[6] < losses[0] - 0.1  # 4.2, about 3.8 (FedAsync, with a version an arrival, 4.04) and 3.2 (3.6)
     assert losses[-1] < losses[6] - 0.3
+
+
+@pytest.mark.parametrize(("sparse", "kind"), [(1, "adapter"), (9, "model")])
+def test_stage_2_is_exported_as_an_adapter_and_stage_1_whole(tmp_path: Path, sparse: int, kind: str) -> None:
+    """W_0 is in every copy of the start model: only what was written into it has to be told."""
+    recipe = parse({
+        "turns": 2, "model": {"source": "tiny:gpt2"}, "method": {"name": "slora", "rank": 2, "sparse_turns": sparse},
+        "data": {"source": "docstrings", "packages": ["json"], "max_length": 64}, "clients": {"count": 2},
+        "training": {"lr": 1e-2},
+    })  # fmt: skip
+    run.start(recipe, tmp_path / "run")
+    assert export(tmp_path / "run", tmp_path / "out") == kind
+    if kind == "adapter":
+        opened = PeftModel.from_pretrained(load("tiny:gpt2", seed=recipe.seed).model, tmp_path / "out")
+    else:
+        opened = load(str(tmp_path / "out")).model
+    e, last = Experiment(recipe), read(tmp_path / "run").evals[-1]
+    assert heldout(opened, e.data.heldout, e.collate)["loss"] == pytest.approx(last["loss"], rel=1e-5)
