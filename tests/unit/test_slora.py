@@ -296,10 +296,10 @@ def test_it_learns_in_both_stages_under_any_clock(sched: str) -> None:
 @pytest.mark.parametrize(("sparse", "kind"), [(1, "adapter"), (9, "model")])
 def test_stage_2_is_exported_as_an_adapter_and_stage_1_whole(tmp_path: Path, sparse: int, kind: str) -> None:
     """W_0 is in every copy of the start model: only what was written into it has to be told."""
+    (tmp_path / "a.txt").write_text("\n".join(f"client text number {i} of sixty" for i in range(60)))
     recipe = parse({
         "turns": 2, "model": {"source": "tiny:gpt2"}, "method": {"name": "slora", "rank": 2, "sparse_turns": sparse},
-        "data": {"source": "docstrings", "packages": ["json"], "max_length": 64}, "clients": {"count": 2},
-        "training": {"lr": 1e-2},
+        "data": {"source": str(tmp_path / "a.txt"), "max_length": 64}, "clients": {"count": 2}, "training": {"lr": 1e-2},
     })  # fmt: skip
     run.start(recipe, tmp_path / "run")
     assert export(tmp_path / "run", tmp_path / "out") == kind
