@@ -326,6 +326,7 @@ def test_files_that_are_no_adapter_are_refused(tmp_path: Path, trained: Callable
         (pickled, "adapter_model.bin is not opened: save the adapter as safetensors"),
         (torn, "damaged"),
         (tmp_path / "none", "no folder, and no hub id"),
+        ("nobody/no-adapter", "^model.adapter: nobody/no-adapter cannot be had"),
     ]:
         with pytest.raises(ModelError, match=message):
             read(str(source))

@@ -84,7 +84,10 @@ def read(source: str) -> Adapter:
     if not at.is_dir():
         if at.exists() or source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
             raise ModelError(f"model.adapter: '{source}' is no folder, and no hub id (owner/name)")
-        at = hub.snapshot(source, only=[CONFIG, WEIGHTS])
+        try:
+            at = hub.snapshot(source, only=[CONFIG, WEIGHTS])
+        except ModelError as error:
+            raise ModelError(f"model.adapter: {error}") from error
     if not (at / CONFIG).is_file():
         hint = "; it holds a model: give it as model.source" if (at / "config.json").is_file() else ""
         raise ModelError(f"model.adapter: {at}: there is no {CONFIG}{hint}")
