@@ -60,11 +60,14 @@ def export(run: Path, out: Path, merge: bool = False, client: int | None = None)
     view.place(result)
     if m.task == "classification":
         _name_classes(view.model.config, run)
-    if method.view == "lora" and not merge and not written:
+    wrapped = method.view in ("lora", "adapter")
+    if wrapped and not merge and not written:
         return _adapter(view, loaded, out)
     whole = view.model
-    if method.view == "lora":
+    if wrapped:
         _untied(view)
+        if not hasattr(whole, "merge_and_unload"):
+            raise StoreError(f"'{method.adapter}' cannot be merged into weights; leave out --merge")
         whole = whole.merge_and_unload()
     models.export(whole, loaded.tokenizer, out)
     return "model"
@@ -102,7 +105,7 @@ def _fitted(method: Any, result: Mapping[str, Tensor]) -> Any:
 def _adapter(view: View, loaded: models.Loaded, out: Path) -> str:
     if out.exists() and any(out.iterdir()):
         raise StoreError(f"'{out}' is not empty; choose another --out")
-    if drawn := [n for n in loaded.new if PREFIX + n not in view.params]:
+    if drawn := [n for n in loaded.new if not any(k.endswith(f".{n}") for k in view.params)]:
         raise StoreError(
             f"'{drawn[0]}' is not in {loaded.source}: it was drawn for this run and no adapter holds it; use --merge"
         )

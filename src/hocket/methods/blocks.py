@@ -36,7 +36,7 @@ class BlockMethod(Method):
     partial: bool = Field(default=False, description="split each block into its attention and its MLP half")
     extras: bool = Field(default=False, description="also make blocks of the embeddings, the final norm and the head")
 
-    view: ClassVar[Literal["full", "blocks", "lora"]] = "blocks"
+    view: ClassVar[Literal["full", "blocks", "lora", "biases", "adapter"]] = "blocks"
 
     def init(self, params: Tree, seed: int) -> State:
         self.cut(params)  # a model that cannot be cut is an error now, not in somebody's job

@@ -4,7 +4,7 @@ Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundatio
 https://arxiv.org/abs/2401.06432 (abstract, captions and third parties' code read; gamma and lambda are not firm).
 
     client i:  A_i = A[:r_i], B_i = B[:, :r_i];   minimizes f_i + lambda sum_m ||B_i[:, t:]|| ||A_i[t:]||,
-               t = max(1, floor(gamma r_i));   if the tail from t on weighs less after training:  r_i <- t, and it is not sent
+               t = max(1, floor(gamma r_i));   if that tail weighs less after training:  r_i <- t, and it is not sent
     server:    A <- sum_i w_i pad(A_i),  B <- sum_i w_i pad(B_i),   w_i = ||M_i|| / sum_j ||M_j||,  M_i = s_i B_i A_i
 
 Bytes a round and client, each way: s_c sum_m r_i (in_m + out_m) with the rank of that round. With `norm = "none"`,
@@ -73,7 +73,7 @@ class HetLoRA(Unequal):
             return delta
         if float(tail({k: start[k] + delta[k] for k in delta})) < float(tail(start)):
             for m, k in t.items():
-                unit = self.scale(m, len(start[m + A])) / self.scale(m, k)  # the server reads it with the rank it has now
+                unit = self.scale(m, len(start[m + A])) / self.scale(m, k)  # it is read with the rank it has now
                 delta[m + A], delta[m + B] = delta[m + A][:k].clone(), delta[m + B][:, :k] * unit
         return delta
 

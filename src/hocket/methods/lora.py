@@ -52,7 +52,7 @@ class LoRA(Method):
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="module name pattern = its own rank")
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="module name pattern = its own alpha")
 
-    view: ClassVar[Literal["full", "blocks", "lora"]] = "lora"
+    view: ClassVar[Literal["full", "blocks", "lora", "biases", "adapter"]] = "lora"
     merges: ClassVar[bool] = False
     """Whether the server writes into the adapted weights, so that they belong to the view."""
     unequal: ClassVar[bool] = False

@@ -69,11 +69,12 @@ class Unequal(LoRA):
         for m in modules(sent):
             if m + A not in params:
                 return f"unknown tensor '{m}{A if m + A in sent else B}'"
-            (a, b), top = (sent.get(m + A), sent.get(m + B)), self.rank_of(m)
-            inner, out = params[m + A].shape[1], params[m + B].shape[0]
-            fits = [(a is None or a.shape == (r, inner)) and (b is None or b.shape == (out, r)) for r in range(1, top + 1)]
-            if not any(fits):
-                shapes = [tuple(x.shape) for x in (b, a) if x is not None]
+            a, b = (sent[m + x] if m + x in sent else None for x in (A, B))
+            inner, out, top = params[m + A].shape[1], params[m + B].shape[0], self.rank_of(m)
+            shapes = [tuple(x.shape) for x in (b, a) if x is not None]
+            rank = next(iter(shapes[-1] if a is not None else shapes[0][::-1]), 0)
+            fits = (a is None or a.shape == (rank, inner)) and (b is None or b.shape == (out, rank))
+            if not (fits and 0 < rank <= top):
                 return f"'{m}' has factors of shapes {shapes}, expected ({out}, r) and (r, {inner}) with r up to {top}"
             if any(x is not None and not finite(x) for x in (a, b)):
                 return f"'{m}' holds values that are not finite"

@@ -1,11 +1,14 @@
 """Views: which parameters of a model can move, under names that do not depend on wrappers.
 
-`full` is everything, `blocks` the transformer layers (and, if asked, the rest one by one), `lora` the adapters that
-peft adds, and a new classification head. The frozen rest is one copy, shared by all simulated clients.
+`full` is everything, `blocks` the transformer layers (and, if asked, the rest one by one), `lora` the low-rank adapters
+that peft adds, `adapter` those of any other of its kinds, `biases` the biases, and with each of these three a new
+classification head. The frozen rest is one copy, shared by all simulated clients.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +16,41 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 
-from hocket.errors import RecipeError
+from hocket.errors import RecipeError, nearest
 from hocket.methods import Method
 from hocket.methods.blocks import LAYER
 from hocket.methods.lora import A
 from hocket.tree import Tree, generator
+
+HEAD = re.compile(r"(?:pre_)?classifier\.|score\.")
+"""A head that transformers draws anew for a classification."""
+OURS = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+}
+"""Fields of peft's configs that a recipe does not set."""
+UNFIT = {
+    "lora": "is what 'fedit' and its kin train; name one of these as the method",
+    "adalora": "prunes ranks in calls between steps, each client its own",
+    **dict.fromkeys(("poly", "xlora"), "mixes adapters that must be there already"),
+    **dict.fromkeys(
+        ("prompt_tuning", "p_tuning", "multitask_prompt_tuning", "cpt"), "makes rows longer than their labels"
+    ),
+    **dict.fromkeys(
+        ("adamss", "frod", "osf", "psoft"),
+        "freezes a decomposition of the weights, which is not the same bits on every machine",
+    ),
+    "shira": "draws its mask from weights, which a plan does not have; 'slora' has one",
+}
+"""Kinds of peft's that cannot be trained by averaging, and why."""
 
 
 @dataclass
@@ -103,7 +134,11 @@ def make(model: Any, method: Method, task: str = "causal", seed: int = 0) -> Vie
     """
     if method.view == "lora":
         return _lora(model, method, task, seed)
+    if method.view == "adapter":
+        return _adapter(model, method, task, seed)
     params = dict(model.named_parameters())
+    if method.view == "biases":
+        return View(model, _biases(params, type(model).__name__))
     if method.view == "blocks" and not getattr(method, "extras", False):
         if task == "classification":
             raise RecipeError("method.extras: a new classification head would stay as it was drawn; set it to true")
@@ -136,7 +171,8 @@ def _lora(model: Any, method: Any, task: str, seed: int) -> View:
         raise RecipeError(
             f"method.targets: {error}; leaf modules of {type(model).__name__}: {', '.join(modules)}"
         ) from error
-    params, transposed = {}, set()
+    params: dict[str, nn.Parameter] = {}
+    transposed = set()
     for name, p in wrapped.named_parameters():
         if "lora_embedding_" in name:
             raise RecipeError("method.targets: adapters on embeddings are not supported; name linear modules only")
@@ -146,7 +182,7 @@ def _lora(model: Any, method: Any, task: str, seed: int) -> View:
             if type(module).__name__ == "Conv1D":
                 transposed.add(name)
         elif p.requires_grad:
-            logical = name.replace(".default.", ".").removesuffix(".default").replace(".modules_to_save.", ".")
+            logical = _logical(name)
             params[logical] = p
             if ".lora_A." in name:  # keyed by name, so that it is the same on every client and in every process
                 p.data = _kaiming(p.data, generator(seed, "lora", logical))
@@ -154,6 +190,47 @@ def _lora(model: Any, method: Any, task: str, seed: int) -> View:
     if method.merges and (lost := sorted(bases - params.keys())):
         raise RecipeError(f"method.targets: '{lost[0]}' is tied to other weights; nothing can be merged into it alone")
     return View(wrapped, params, frozenset(transposed), method.scale)
+
+
+def _logical(name: str) -> str:
+    """What a parameter of a peft model is called in the files that peft writes."""
+    return name.replace(".default.", ".").removesuffix(".default").replace(".modules_to_save.", ".")
+
+
+def _biases(params: dict[str, nn.Parameter], model: str) -> dict[str, nn.Parameter]:
+    head = {k: p for k, p in params.items() if HEAD.match(k)}
+    biases = {k: p for k, p in params.items() if k.endswith("bias") and k not in head}
+    if not biases:
+        raise RecipeError(f"method.name: {model} has no biases; use 'fedpeft', or 'fedit'")
+    return biases | head
+
+
+def _adapter(model: Any, method: Any, task: str, seed: int) -> View:
+    known = {t.value.lower(): c for t, c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if t.value.lower() not in UNFIT}
+    name, options = method.adapter, dict(method.options)
+    if name not in known:
+        reason = f"'{name}' {UNFIT[name]}" if name in UNFIT else f"peft has no '{name}'{nearest(name, known)}"
+        raise RecipeError(f"method.adapter: {reason}; there are {', '.join(sorted(known))}")
+    fields = {f.name for f in dataclasses.fields(known[name]) if f.init} - OURS
+    for key in options:
+        if key not in fields:
+            hint = nearest(key, fields)
+            raise RecipeError(
+                f"method.options.{key}: '{name}' has no such field{hint}; there are {', '.join(sorted(fields))}"
+            )
+    kind = TaskType.SEQ_CLS if task == "classification" else TaskType.CAUSAL_LM
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")  # of what peft mends itself
+            # everything random is drawn on the CPU in the order of the model's modules, so all processes agree
+            torch.manual_seed(generator(seed, "adapter", name).initial_seed())
+            wrapped: Any = get_peft_model(model, known[name](task_type=kind, **options))
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        raise RecipeError(f"method.options: '{name}' does not fit {type(model).__name__}: {error}") from error
+    params = {_logical(n): p for n, p in wrapped.named_parameters() if p.requires_grad}
+    if not params:
+        raise RecipeError(f"method.adapter: '{name}' leaves nothing to train in {type(model).__name__}")
+    return View(wrapped, params)
 
 
 def _kaiming(like: Tensor, g: torch.Generator) -> Tensor:
