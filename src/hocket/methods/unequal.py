@@ -69,7 +69,7 @@ class Unequal(LoRA):
         for m in modules(sent):
             if m + A not in params:
                 return f"unknown tensor '{m}{A if m + A in sent else B}'"
-            a, b = (sent[m + x] if m + x in sent else None for x in (A, B))
+            a, b = sent.get(m + A), sent.get(m + B)
             inner, out, top = params[m + A].shape[1], params[m + B].shape[0], self.rank_of(m)
             shapes = [tuple(x.shape) for x in (b, a) if x is not None]
             rank = next(iter(shapes[-1] if a is not None else shapes[0][::-1]), 0)
