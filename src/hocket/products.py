@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hocket.combine import wide
+from hocket.combine import finite, wide
+from hocket.errors import RunError
 
 Product = tuple[Tensor, Tensor]  # B (out x r), A (r x in)
 
@@ -37,18 +38,28 @@ def svd(terms: Sequence[Product]) -> tuple[Tensor, Tensor, Tensor]:
     """U (out x k), s (k,) descending, V^T (k x in) with U diag(s) V^T the sum, k = min(R, out, in).
 
     The largest entry of each column of U is positive, so that signs do not depend on the solver.
+
+    Raises:
+        RunError: training diverged; factors that are finite can have a product that is not.
     """
     b, a = stack(terms)
     if b.shape[1] >= min(b.shape[0], a.shape[1]):
-        u, s, vt = torch.linalg.svd(b @ a, full_matrices=False)
+        u, s, vt = _decomposed(b @ a)
     else:
         (q1, r1), (q2, r2) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
-        u, s, vt = torch.linalg.svd(r1 @ r2.mT)
+        u, s, vt = _decomposed(r1 @ r2.mT)
         u, vt = q1 @ u, vt @ q2.mT
     if u.is_meta:
         return u, s, vt
     sign = torch.where(u.gather(0, u.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0).to(u)
     return u * sign, s, vt * sign.mT
+
+
+def _decomposed(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not core.is_meta and not finite(core):
+        raise RunError("products of adapters are not finite any more: lower training.lr, or set training.clip")
+    u, s, vt = torch.linalg.svd(core, full_matrices=False)
+    return u, s, vt
 
 
 def rank_for(s: Tensor, energy: float) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hocket import products
+from hocket.errors import RunError
 from hocket.products import Product
 from hocket.tree import generator
 
@@ -139,6 +140,15 @@ def test_nothing_has_no_norm_and_no_rank(ranks: tuple[int, ...]) -> None:
     assert not s.any()
     assert all(torch.isfinite(x).all() for x in (u, vt))
     assert products.norm(zero) == products.effective_rank(s) == 0
+
+
+@pytest.mark.parametrize("ranks", [(2, 3), (20, 3)])
+def test_a_product_that_is_not_finite_is_an_error_that_says_what_to_do(ranks: tuple[int, ...]) -> None:
+    large = [(1e30 * b, 1e30 * a) for b, a in sums(30, 20, *ranks, dtype=torch.float32)]
+    assert all(torch.isfinite(x).all() for x in products.stack(large))
+    with pytest.raises(RunError, match=r"training\.lr"):
+        products.svd(large)
+    assert products.svd([(b.double(), a.double()) for b, a in large])[1][0] > 1e60
 
 
 def test_shapes_alone_are_enough_for_a_plan() -> None:
