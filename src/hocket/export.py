@@ -111,8 +111,8 @@ def _adapter(view: View, loaded: models.Loaded, out: Path) -> str:
         )
     config = view.model.peft_config["default"]
     config.base_model_name_or_path = loaded.source
-    if float(config.lora_alpha).is_integer():
-        config.lora_alpha = int(config.lora_alpha)
+    if isinstance(alpha := getattr(config, "lora_alpha", None), float) and alpha.is_integer():
+        config.lora_alpha = int(alpha)
     view.model.save_pretrained(out, save_embedding_layers=False)
     loaded.tokenizer.save_pretrained(out)
     return "adapter"

@@ -22,6 +22,7 @@ for name, spec in METHODS.items():
         spec["rank"] = 2
 METHODS["fedcybgd"] |= {"layers_per_block": 1}
 METHODS["slora"] |= {"sparse_turns": 1}
+ARCH = {"fedpeft-bias": "gpt2"}  # where llama, which has no biases, will not do
 METHODS |= {
     "fedbcd+gradient": {"name": "fedbcd", "layers_per_block": 1, "order": "gradient"},
     "fedcybgd+half": {"name": "fedcybgd", "layers_per_block": 1, "download": 0.5},
@@ -94,7 +95,8 @@ def world(meth: str, sched: str, up: str = "raw", loss: float = 0.0, **more: Any
     whole = up in ("raw", "feedback") or (meth in RANKS and codec.build(CODECS[up]).differences)
     down = "raw" if whole else CODECS[up]
     return language(
-        meth=METHODS[meth], sched=SCHEDULES[sched], up=CODECS[up], down=down, loss=loss, layers=2, steps=1,
+        ARCH.get(meth, "llama"), meth=METHODS[meth], sched=SCHEDULES[sched], up=CODECS[up], down=down, loss=loss,
+        layers=2, steps=1,
         ranks=RANKS.get(meth),
         evaluate=lambda p: {"loss": float(sum(v.abs().sum() for v in p.values()))}, **{"turns": 3, **more},
     )  # fmt: skip
@@ -219,7 +221,7 @@ def of(*parts: str) -> Any:
 
 A, B = ".lora_A.", ".lora_B."
 FORMULA = {  # bytes of the payload a round and client, up, from each method's file, given the view and the turn; fp32
-    "fedavg": of(""),
+    **{name: of("") for name in ("fedavg", "fedpeft", "fedpeft-bias")},
     **{name: of(A, B) for name in ("fedit", "flora", "florist", "fedex-lora", "flexlora", "raflora", "hetlora")},
     **{name: of(A, B) for name in ("hlora", "hlora-delta")},
     **{name: of(B) for name in ("ffa-lora", "fedsvd")},

@@ -37,6 +37,8 @@ OURS = {
     "inference_mode",
 }
 """Fields of peft's configs that a recipe does not set."""
+SEEDS = {"projection_prng_key", "projection_seed", "proj_seed", "random_loc_seed"}
+"""Fields that key what is frozen and random; the run's seed, where a recipe sets no other."""
 UNFIT = {
     "lora": "is what 'fedit' and its kin train; name one of these as the method",
     "adalora": "prunes ranks in calls between steps, each client its own",
@@ -223,8 +225,10 @@ def _adapter(model: Any, method: Any, task: str, seed: int) -> View:
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")  # of what peft mends itself
             # everything random is drawn on the CPU in the order of the model's modules, so all processes agree
-            torch.manual_seed(generator(seed, "adapter", name).initial_seed())
-            wrapped: Any = get_peft_model(model, known[name](task_type=kind, **options))
+            key = generator(seed, "adapter", name).initial_seed()
+            torch.manual_seed(key)
+            seeds: dict[str, Any] = dict.fromkeys(SEEDS & fields, key % 2**31)
+            wrapped: Any = get_peft_model(model, known[name](task_type=kind, **(seeds | options)))
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
         raise RecipeError(f"method.options: '{name}' does not fit {type(model).__name__}: {error}") from error
     params = {_logical(n): p for n, p in wrapped.named_parameters() if p.requires_grad}
