@@ -225,10 +225,17 @@ def test_biases_come_with_a_new_head_and_are_exported_whole(tmp_path: Path) -> N
     run.start(r, tmp_path / "run")
     e = Experiment(r)
     assert {k for k in e.view.params if not k.endswith("bias")} == {"classifier.weight"}
+    assert set(e.method.beside(e.view.params)) == {"classifier.weight", "classifier.bias"}  # counted apart
+    assert 0 < read(tmp_path / "run").summary()["beside_bytes"] < moved_bytes(tmp_path / "run")
     assert export(tmp_path / "run", tmp_path / "out") == "model"
     opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     last = read(tmp_path / "run").evals[-1]
     assert heldout(opened, e.data.heldout, e.collate)["loss"] == pytest.approx(last["loss"], rel=1e-5)
+
+
+def moved_bytes(path: Path) -> int:
+    s = read(path).summary()
+    return int(s["up_bytes"] + s["down_bytes"])
 
 
 def test_a_model_without_biases_is_refused_by_name() -> None:

@@ -199,6 +199,7 @@ def test_values_alone_travel_and_old_ones_do_not() -> None:
     receive = server.receive
     w.simulation._send = lambda job: (down.append(set(job.payload)), send(job))[1]  # type: ignore[method-assign]
     server.receive = lambda u: (up.append(set(u.payload)), receive(u))[1]  # type: ignore[method-assign]
+    assert server.method.beside([*server.state["params"], "classifier.weight"]) == ["classifier.weight"]
     view, sizes = dict(w.final), [nbytes({k: v}) for k, v in server.state["params"].items() if k.endswith(ENTRIES)]
     assert sum(sizes) == nbytes({k: v for k, v in view.items() if k.endswith((A, B))})  # equal cost
     w.simulation.run()

@@ -17,6 +17,8 @@ waveft). Elsewhere (loha, lokr, vera, hira) factors are averaged one by one, as 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -24,10 +26,21 @@ from pydantic.dataclasses import dataclass
 
 from hocket.methods.base import PLAIN, Method, method
 
+HEAD = re.compile(r"(?:^|\.)(?:(?:pre_)?classifier|score)\.")
+"""A head that transformers draws anew for a classification."""
+
+
+@dataclass(frozen=True, config=PLAIN)
+class Part(Method):
+    """A method that moves a small part of the model, and a new head."""
+
+    def beside(self, names: Iterable[str]) -> list[str]:
+        return [k for k in names if HEAD.search(k)]
+
 
 @method("fedpeft-bias")
 @dataclass(frozen=True, config=PLAIN)
-class FedPEFTBias(Method):
+class FedPEFTBias(Part):
     """Federated averaging of the biases, and of a new head."""
 
     view: ClassVar[Literal["full", "blocks", "lora", "biases", "adapter"]] = "biases"
@@ -35,7 +48,7 @@ class FedPEFTBias(Method):
 
 @method("fedpeft")
 @dataclass(frozen=True, config=PLAIN)
-class FedPEFT(Method):
+class FedPEFT(Part):
     """Federated averaging of any adapter that peft has under a name, and of a new head."""
 
     adapter: str = Field(default="ia3", description="peft's name of it: ia3, ln_tuning, loha, lokr, vera, oft, ...")

@@ -20,7 +20,7 @@ stage 1 when stage 2 has begun is not refused: its change is projected onto what
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Annotated, ClassVar
@@ -63,6 +63,9 @@ class SLoRA(LoRA):
         stage = {STAGE: torch.tensor([1 if self.sparse_turns else 2, generator(seed, "slora").initial_seed()])}
         values = {m + ENTRIES: params[m + BASE].new_zeros(self.count(m, params)) for m in modules(params)}
         return super().init(params | stage | (values if self.sparse_turns else {}), seed) | {"version": 0}
+
+    def beside(self, names: Iterable[str]) -> list[str]:
+        return [k for k in super().beside(names) if k != STAGE and not k.endswith(ENTRIES)]
 
     def count(self, module: str, params: Mapping[str, Tensor]) -> int:
         """Entries of a module that move in stage 1."""

@@ -8,7 +8,6 @@ classification head. The frozen rest is one copy, shared by all simulated client
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +21,10 @@ from torch import Tensor, nn
 from hocket.errors import RecipeError, nearest
 from hocket.methods import Method
 from hocket.methods.blocks import LAYER
+from hocket.methods.fedpeft import HEAD
 from hocket.methods.lora import A
 from hocket.tree import Tree, generator
 
-HEAD = re.compile(r"(?:pre_)?classifier\.|score\.")
-"""A head that transformers draws anew for a classification."""
 OURS = {
     "task_type",
     "peft_type",
@@ -200,7 +198,7 @@ def _logical(name: str) -> str:
 
 
 def _biases(params: dict[str, nn.Parameter], model: str) -> dict[str, nn.Parameter]:
-    head = {k: p for k, p in params.items() if HEAD.match(k)}
+    head = {k: p for k, p in params.items() if HEAD.search(k)}
     biases = {k: p for k, p in params.items() if k.endswith("bias") and k not in head}
     if not biases:
         raise RecipeError(f"method.name: {model} has no biases; use 'fedpeft', or 'fedit'")
