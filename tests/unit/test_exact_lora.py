@@ -273,6 +273,14 @@ def test_one_client_is_averaged_without_error(name: str) -> None:
     assert m.layers(state, [sent], [2.0], [2.0], m.step(state, [sent], [2.0]))[M]["error"] < 1e-7
 
 
+@pytest.mark.parametrize("name", ["fedit", "hlora", "flora"])
+def test_under_a_server_optimizer_there_is_no_sum_to_compare_with(name: str) -> None:
+    m = build(name, server_optimizer="adam")
+    state = begin(m)
+    sent = [Update(u.job, u.client, 0, 0, m.accept(state["params"], u.payload)) for u in updates(m)]
+    assert m.layers(state, sent, [1.0] * 3, [1.0] * 3, m.step(state, sent, [1.0] * 3)) == {}
+
+
 @pytest.mark.parametrize(("name", "low", "high"), [("fedit", 1e-4, 1), ("ffa-lora", 0, 1e-6), ("fedex-lora", 0, 1e-6), ("florist", 1e-3, 0.33)])
 def test_the_ledger_has_error_and_effective_rank_of_every_module(name: str, low: float, high: float) -> None:
     w = language(meth={"name": name, "rank": 2}, turns=2, layers=2)

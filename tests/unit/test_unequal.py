@@ -354,6 +354,29 @@ def test_an_update_of_an_older_version_is_a_difference_to_that_version(spec: str
     assert close(product(m, after), product(m, second) + (end - product(m, first)) / 2)
 
 
+@pytest.mark.parametrize("spec", [*EFFECTIVE, "fedsvd"])
+def test_a_stale_model_is_mixed_in_as_it_was_trained(spec: str) -> None:
+    """FedAsync: D <- (1 - alpha) D + alpha (D_then + what the client adds to it)."""
+    m = build(spec, rank=6)
+    start = {M + A: draw(6, INNER), M + B: draw(OUT, 6)}
+    sched = schedule.build({"name": "fedasync", "alpha": 0.25, "fading": "constant"})
+    server = Server(m, sched, start, [Client(c, 1, {"rank": r}) for c, r in enumerate((3, 6))], 3, 0)
+    jobs = {j.client: j for j in server.poll()}
+    first = product(m, server.state)
+    for c in (0, 1):
+        view = {k: jobs[c].payload[k] for k in start}
+        sent = trained(m, c, view, moves)
+        before = product(m, server.state)
+        end = held(m, {k: v + sent.get(k, 0) for k, v in view.items()})
+        cuts = first if spec in ("hlora", "flexlora") else held(m, view)
+        assert server.receive(Update(jobs[c].id, c, 0, jobs[c].turn, sent)) is None
+        assert server.step() is not None
+        mixed = 0.75 * before + 0.25 * (first + end - cuts)
+        expected = mixed if spec == "flexlora" else cut(mixed, 6)
+        assert close(product(m, server.state), expected)
+        assert not close(expected, before, 0.1)
+
+
 @pytest.mark.parametrize("optimizer", ["momentum", "adam", "yogi"])
 @pytest.mark.parametrize("spec", [*EFFECTIVE, "fedsvd"])
 def test_server_optimizers_work_on_the_sum_of_products(spec: str, optimizer: str) -> None:
@@ -406,6 +429,14 @@ def test_fedsvd_keeps_that_span_when_updates_of_several_versions_meet() -> None:
         sent = [u for c, s in enumerate(states[-3:]) for u in uploads(m, s, [6 - c], clients=[10 * t + c])]
         states.append(m.step(states[-1], sent, [1.0] * len(sent)))
         assert outside(states[-1]["params"][M + A], first) < 1e-10
+
+
+@pytest.mark.parametrize("sched", ["fedasync", {"name": "fedbuff", "buffer": 2}], ids=str)
+def test_fedsvd_keeps_that_span_where_nobody_waits(sched: Any) -> None:
+    w = language(meth={"name": "fedsvd", "rank": 2}, sched=sched, turns=6, layers=2).run()
+    for k in (k for k in w.final if k.endswith(A)):
+        assert outside(w.final[k].double(), w.iterates[0][k].double()) < 1e-5
+        assert not torch.equal(w.final[k], w.iterates[1][k])
 
 
 def test_fedsvd_clients_share_a_bit_for_bit_and_never_send_it() -> None:

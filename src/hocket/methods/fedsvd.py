@@ -8,7 +8,7 @@ https://arxiv.org/abs/2505.12805; checked against the authors' code.
 Bytes a round and client: up s_c sum_m r out_m, down s_c sum_m r (in_m + out_m). Exact: the mean, as in FFA-LoRA, and
 the decomposition at rank r. The rows of every A lie in the span of the first one's: it is FFA-LoRA with an orthonormal
 A in good order, and its capacity is that of the random A it begins with. So B's of any version are summed as
-coordinates of that span, and directions that have no singular value yet lie in it too.
+coordinates of that span, and directions that have no singular value yet lie in it too; a server optimizer leaves it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from typing import Literal
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
+from hocket import products
 from hocket.methods.base import PLAIN, Local, State, Update, method
 from hocket.methods.effective import Effective
-from hocket.methods.lora import A, B
+from hocket.methods.lora import A
 from hocket.methods.unequal import Model
 from hocket.products import Product
 from hocket.tree import Tree
@@ -44,16 +46,13 @@ class FedSVD(Effective):
                 return f"'{k}' is not a client's to change"
         return super().check(state, update)
 
-    def _sum(self, m: str, models: Sequence[Model], share: Sequence[float], now: Tree | None = None) -> list[Product]:
-        if not models:
-            return []
-        tree = models[0].then if now is None else now
-        a, b = tree[m + A], torch.zeros_like(tree[m + B]) if now is None else tree[m + B].clone()
-        for x, p in zip(models, share, strict=True):
-            rank, then = x.rank(m), x.then[m + A]
-            step = p * (x[m + B] - x.then[m + B][:, :rank])
-            if then is a:
-                b[:, :rank] += step
-            else:
-                b += step @ then[:rank] @ torch.linalg.pinv(a)  # its rows as coordinates in a's
-        return [(b, a)]
+    def started(self, m: str, model: Model) -> int:
+        return model.rank(m)
+
+    def _factors(
+        self, m: str, terms: Sequence[Product], params: Tree, seed: int, version: int
+    ) -> tuple[Tensor, Tensor]:
+        if self.server_optimizer == "sgd":  # what is summed lies in A's span: so do directions without a singular value
+            (b, rows), a = products.stack(terms), params[m + A]
+            terms = [(b @ (rows.double() @ torch.linalg.pinv(a.double())).to(b), a)]
+        return super()._factors(m, terms, params, seed, version)

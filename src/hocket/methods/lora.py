@@ -79,8 +79,11 @@ class LoRA(Method):
         self, before: State, updates: Sequence[Update], weights: Sequence[float], shares: Sequence[float], after: State
     ) -> dict[str, dict[str, float]]:
         """What the aggregation made of each module: `error` = ||ideal - P|| / ||ideal|| in Frobenius norms, with ideal
-        = sum_i p_i s_i B_i A_i of the clients' models and P the server's new one, and P's effective `rank`."""
-        out = {}
+        = sum_i p_i s_i B_i A_i of the clients' models and P the server's new one, and P's effective `rank`. Nothing
+        under a server optimizer, which aims elsewhere."""
+        out: dict[str, dict[str, float]] = {}
+        if self.server_optimizer != "sgd":
+            return out
         for m in modules(before["params"]):
             held = [
                 (u, w, s) for u, w, s in zip(updates, weights, shares, strict=True) if {m + A, m + B} & set(u.payload)
