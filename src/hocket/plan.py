@@ -63,6 +63,10 @@ class ShapeMethod:
         """Every update of a plan is in order."""
         return None
 
+    def at(self, rate: float) -> ShapeMethod:
+        """The same with another server rate."""
+        return ShapeMethod(self.inner.at(rate))
+
     def layers(self, *_: Any) -> dict[str, dict[str, float]]:
         """Nothing can be measured of shapes."""
         return {}

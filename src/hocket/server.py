@@ -233,7 +233,7 @@ class Server:
         before, method = self.state, self.method.at(schedule.rate(self, batch))
         summed = [t.update for t in terms], [t.weight for t in terms], [t.share for t in terms]
         self.state = method.step(before, *summed)
-        layers = self.method.layers(before, *summed, self.state)
+        layers = method.layers(before, *summed, self.state)
         self.version += 1
         for k, v in self.state["params"].items():
             if v is not before["params"].get(k):
