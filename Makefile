@@ -54,7 +54,7 @@ lora: $(READY)  ## LoRA for clients of unequal ranks, resumable (about an hour a
 	$(BIN)/python -m hocket compare benchmarks/lora/*.toml --jobs 2 --results benchmarks/lora/results
 	$(BIN)/python benchmarks/lora/report.py
 
-cllora: $(READY)  ## texts unequal among clients, resumable (about an hour on two cores; see docs/cllora.md)
+cllora: $(READY)  ## texts unequal among clients, resumable (about half an hour; see docs/cllora.md)
 	test -f runs/gpt2-small/provenance.json || $(BIN)/python benchmarks/async/train_gpt2.py
 	test -f runs/gpt2-tiny/provenance.json || $(BIN)/python benchmarks/async/train_gpt2.py --width 64 --layers 2 --steps 1000 --test none --out runs/gpt2-tiny
 	$(BIN)/python -m hocket compare benchmarks/cllora/*.toml --jobs 1 --results benchmarks/cllora/results

@@ -156,10 +156,10 @@ def figure(found: dict[str, dict[str, Losses]]) -> str:
     ]
     kinds = list(next(iter(found.values())))
     low, high = min(0.0, *(d["low"] for *_, d in points)), max(0.0, *(d["high"] for *_, d in points))
-    left, wide, tall = 190, 250, 60 + 44 * len(kinds)
+    left, wide, gap, tall = 190, 230, 50, 60 + 44 * len(kinds)
     out = []
     for panel, axis in enumerate(("lengths", "quality", "interaction")):
-        x0 = left + panel * (wide + 20)
+        x0 = left + panel * (wide + gap)
         px = lambda v, x0=x0: x0 + (v - low) / (high - low) * wide
         out.append(text(x0 + wide / 2, 18, f"effect of {axis}" if panel < 2 else axis, size=13, font_weight="bold"))
         out.append(line(px(0), 28, px(0), tall - 26, "#808080", 0.6))
@@ -172,7 +172,7 @@ def figure(found: dict[str, dict[str, Losses]]) -> str:
                 out.append(f"<circle cx='{px(d['mean']):.1f}' cy='{y}' r='3.5' fill='{COLOURS[j]}'/>")
     out += [text(left - 10, 56 + 44 * k, kind, "end") for k, kind in enumerate(kinds)]
     out += [text(10 + 80 * j, 18, SIZES[s], "start", fill=COLOURS[j]) for j, s in enumerate(found)]
-    return page(left + 3 * (wide + 20), tall, "".join(out))
+    return page(left + 3 * (wide + gap), tall, "".join(out))
 
 
 def main() -> None:
