@@ -10,9 +10,10 @@ https://arxiv.org/abs/2401.06432 (abstract, captions and third parties' code rea
 Bytes a round and client, each way: s_c sum_m r_i (in_m + out_m) with the rank of that round. With `norm = "none"`,
 `decay = 0` and `gamma = 1` it is the plain zero-padded average. Approximate: products of means are not means of
 products, and rows that a client lacks count as zero: row h of A and of B fade by sum_{i: r_i >= h} w_i a round each,
-B A by its square. B's scale is in the server's B, so that clients with unequal alpha / r can be averaged. FlexLoRA's
-version of this baseline takes the regularizer's gradient off the graph, leaves no tail (rounds 0.99 r up) and averages
-without scale.
+B A by its square. B's scale is in the server's B, so that clients with unequal alpha / r can be averaged. Schedules
+that mix models, or keep a window or caches of updates, weigh as they say, and the server goes on sending first ranks.
+FlexLoRA's version of this baseline takes the regularizer's gradient off the graph, leaves no tail (rounds 0.99 r up)
+and averages without scale.
 """
 
 from __future__ import annotations
