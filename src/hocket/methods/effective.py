@@ -135,7 +135,7 @@ class Effective(Unequal):
             return old_b.new_empty(len(old_b), rank), old_a.new_empty(rank, old_a.shape[1])
         if not float(s[0]) > 0:
             return old_b, old_a  # nobody moved anything yet: the random A that all have stays
-        live = int((s > s[0] * max(len(u), vt.shape[1]) * torch.finfo(s.dtype).eps).sum())
+        live = int((s > s[0] * len(s) * torch.finfo(s.dtype).eps).sum())  # rounding grows with the core, not the sides
         rank = self.kept(m, live)
         u, s, vt, live = u[:, :rank], s[:rank], vt[:rank], min(live, rank)
         left = {"A": torch.ones_like(s), "B": s, "even": s.sqrt()}[self.split]
