@@ -162,6 +162,16 @@ def test_simulated_clients_hold_what_loading_gives(name: str, sched: Any) -> Non
     assert not all(stacked)
 
 
+@pytest.mark.parametrize("name", ["fedex-lora", "flora", "florist"])
+def test_who_holds_nothing_gets_the_weights_and_not_their_changes(name: str) -> None:
+    m = build(name)
+    after = m.step(begin(m), updates(m, 2), [1.0, 1.0])
+    payload = m.ship(after, Client(0), 1, -1, dict.fromkeys(after["params"], 1))
+    assert set(after["stacks"]) == {"1"}
+    assert set(payload) == set(after["params"])
+    assert all(torch.equal(v, after["params"][k]) for k, v in m.load({}, payload).items())
+
+
 def test_fedex_sends_fedits_bytes_up_and_the_residual_down() -> None:
     w, plain = (language(meth={"name": n, "rank": 1}, turns=3, width=64, layers=2) for n in ("fedex-lora", "fedit"))
     one = nbytes({k: v for k, v in w.final.items() if "lora_" in k})
