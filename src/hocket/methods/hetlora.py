@@ -90,7 +90,7 @@ class HetLoRA(Unequal):
             after = super().step(state, updates, weights, shares)
         else:
             after = self._weighed(state, updates, found, weights, shares)
-        ranks = {u.client: p.rank for u, p in zip(updates, found, strict=False) if len(found) == len(updates)}
+        ranks = {u.client: u.payload.rank for u in updates if isinstance(u.payload, Padded)}
         return after | {"ranks": state["ranks"] | ranks} if self.gamma < 1 else after
 
     def _weighed(
