@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -66,6 +67,9 @@ def compare(studies: Sequence[Study], out: Path, jobs: int = 1, say: Say = print
         chosen = {s.study: {v.name: _choose(v, elsewhere | tuned[s.study]) for v in s.variant} for s in studies}
         final = [r for s in studies for c in chosen[s.study].values() for r in s.runs(c.variant, c.rate).values()]
         runner.all(final, "runs")
+    except KeyboardInterrupt as error:
+        runner.stop()
+        raise Interrupted from error
     finally:
         runner.close()
     return {s.study: summary(s, chosen[s.study], runner) for s in studies}
@@ -108,32 +112,34 @@ class Runner:
         """Run what has no result yet."""
         missing = {r.hash: r for r in recipes if r.hash not in self._done}
         futures = {self._pool.submit(_perform, r.to_toml(), str(self.path(r))): r for r in missing.values()}
-        try:
-            for n, future in enumerate(as_completed(futures), 1):
-                recipe = futures[future]
-                try:
-                    done = self._done[recipe.hash] = future.result()
-                except BrokenProcessPool as error:
-                    raise RunError(
-                        "a run's process died (killed, or out of memory): use fewer --jobs; the same command goes on"
-                    ) from error
-                except Interrupted:
-                    raise
-                except HocketError as error:
-                    where = f"{recipe.name}, rate {recipe.training.lr:g}, seed {recipe.seed} ({self.path(recipe)})"
-                    raise RunError(f"{where}: {error}") from error
-                wall = f"{done['wall_seconds']:.0f} s" if done["ran"] else "was there"
-                self.say(
-                    f"[{n}/{len(futures)} {what}] {recipe.name}, rate {recipe.training.lr:g}, seed {recipe.seed}: "
-                    f"held-out loss {done['loss']:.4f} ({wall})"
-                )
-        except KeyboardInterrupt as error:
-            for worker in multiprocessing.active_children():
-                worker.terminate()  # a run that hears it writes a checkpoint and ends
-            raise Interrupted from error
-        finally:
-            for future in futures:
-                future.cancel()
+        for n, future in enumerate(as_completed(futures), 1):
+            recipe = futures[future]
+            try:
+                done = self._done[recipe.hash] = future.result()
+            except BrokenProcessPool as error:
+                raise RunError(
+                    "a run's process died (killed, or out of memory): use fewer --jobs; the same command goes on"
+                ) from error
+            except HocketError as error:
+                where = f"{recipe.name}, rate {recipe.training.lr:g}, seed {recipe.seed} ({self.path(recipe)})"
+                raise RunError(f"{where}: {error}") from error
+            wall = f"{done['wall_seconds']:.0f} s" if done["ran"] else "was there"
+            self.say(
+                f"[{n}/{len(futures)} {what}] {recipe.name}, rate {recipe.training.lr:g}, seed {recipe.seed}: "
+                f"held-out loss {done['loss']:.4f} ({wall})"
+            )
+
+    def stop(self) -> None:
+        """End the processes. A run that hears of it writes a checkpoint first; one that does not end is killed.
+
+        Futures are left alone: a broken pool chokes on cancelled ones and then forgets the processes it still has.
+        """
+        workers = multiprocessing.active_children()
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join(60)
+            worker.kill()
 
     def close(self) -> None:
         """Let the processes go, after what they are doing."""
@@ -143,6 +149,7 @@ class Runner:
 def _enter(threads: int) -> None:
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     torch.set_num_threads(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -156,10 +163,13 @@ def _perform(toml: str, folder: str) -> dict[str, Any]:
     path = Path(folder)
     ran = not ((path / "manifest.json").exists() and (path / "ledger.jsonl").exists() and report.read(path).finished)
     if ran:
-        if (path / "recipe.toml").exists():
-            run.resume(path)
-        else:
-            run.start(parse(tomllib.loads(toml)), path)
+        try:
+            if (path / "recipe.toml").exists():
+                run.resume(path)
+            else:
+                run.start(parse(tomllib.loads(toml)), path)
+        except Interrupted:
+            os._exit(128 + signal.SIGTERM)  # this process would take the next run, and only one signal is sent
         for spent in ("checkpoint", "spool"):  # only what can be read off a run is kept, not its model
             shutil.rmtree(path / spent, ignore_errors=True)
     found = report.read(path)

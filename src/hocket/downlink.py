@@ -80,11 +80,16 @@ class Downlink:
         params = server.state["params"]
         own = {k: arrived[k] for k, sent in job.payload.items() if k in params and sent is not params[k]}
         if self.codec.lossless:
-            return params | own if own else params
-        self._advance({k: v for k, v in arrived.items() if k not in own}, server)
-        if self._shared is None:
-            self._shared = dict(self._mirror)
-        return self._shared | own if own else self._shared
+            common = params
+        else:
+            self._advance({k: v for k, v in arrived.items() if k not in own}, server)
+            if self._shared is None:
+                self._shared = dict(self._mirror)
+            common = self._shared
+        # what the client holds and was not sent may be its own too, such as a cut of the start model
+        cut = server.method.send(server.state | {"params": common}, server.clients[job.client], job.version)
+        own = {k: v for k, v in cut.items() if k not in job.payload and v is not common.get(k)} | own
+        return common | own if own else common
 
     def _advance(self, arrived: Tree, server: Server) -> None:
         """Bring the mirror to the server's version. A client that catches up with whole tensors is taken to hold what

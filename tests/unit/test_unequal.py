@@ -364,7 +364,8 @@ def test_a_stale_model_is_mixed_in_as_it_was_trained(spec: str) -> None:
     jobs = {j.client: j for j in server.poll()}
     first = product(m, server.state)
     for c in (0, 1):
-        view = {k: jobs[c].payload[k] for k in start}
+        view = dict(m.send(server.state, server.clients[c], server.version)) | dict(jobs[c].payload)
+        view = {k: view[k] for k in start}
         sent = trained(m, c, view, moves)
         before = product(m, server.state)
         end = held(m, {k: v + sent.get(k, 0) for k, v in view.items()})
@@ -508,7 +509,8 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_is_lost(spec: str, wha
         assert M in reason
         assert server.state is before
         for c in (1, 2):
-            sent = moves(c, {k: jobs[c].payload[k] for k in (M + A, M + B)})
+            view = m.send(server.state, server.clients[c], version)
+            sent = moves(c, {k: view[k] for k in (M + A, M + B)})
             assert server.receive(Update(jobs[c].id, c, version, version, sent)) is None
         step = server.step()
         assert step is not None
@@ -562,3 +564,17 @@ def test_zero_padding_loses_more_than_hlora_and_hlora_more_than_hlora_delta(seed
     assert pad > 1.3 * hlora
     assert hlora > 5 * delta
     assert delta < 0.03
+
+
+@pytest.mark.parametrize("spec", [*EFFECTIVE, "fedsvd", "hetlora"])
+def test_a_preloaded_client_is_sent_nothing_until_something_changed(spec: str) -> None:
+    """It holds the start model, and a cut of that is no news."""
+    m = build(spec, rank=6)
+    ranks = [Client(c, 1, {"rank": r}) for c, r in enumerate((3, 6))]
+    server = Server(m, schedule.build("sync"), {M + A: draw(6, INNER), M + B: draw(OUT, 6)}, ranks, 2, 0)
+    for version in range(2):
+        for job in server.poll():
+            assert set(job.payload) == ({M + A, M + B} if version else set())
+            sent = moves(job.client, m.send(server.state, server.clients[job.client], version))
+            assert server.receive(Update(job.id, job.client, version, version, {k: sent[k] for k in (M + A, M + B)})) is None
+        assert server.step() is not None

@@ -52,6 +52,10 @@ class Unequal(LoRA):
         own = client.traits.get("rank")
         return self._cut(state["params"], lambda m: min(own or self.rank_of(m), self.rank_of(m)))
 
+    def ship(self, state: State, client: Client, version: int, since: int, changed: Mapping[str, int]) -> Tree:
+        view = self.send(state, client, version)  # cut anew each time, also from what the client holds already
+        return {k: v for k, v in view.items() if changed.get(k, 0) > since or since < 0}
+
     def export(self, state: State) -> Tree:
         return self._cut(state["params"], lambda m: None)
 
