@@ -59,6 +59,11 @@ def digest(tree: Mapping[str, Tensor]) -> str:
     return h.hexdigest()
 
 
+def key(*parts: int | str) -> int:
+    """63 bits that stand for `parts`."""
+    return xxhash.xxh64("\x1f".join(map(str, parts)).encode()).intdigest() >> 1
+
+
 def generator(*keys: int | str) -> torch.Generator:
     """A CPU generator keyed by its arguments, so that a draw depends on what it is for, never on who ran first.
 
@@ -67,5 +72,4 @@ def generator(*keys: int | str) -> torch.Generator:
         >>> bool((torch.rand(4, generator=a) == torch.rand(4, generator=b)).all())
         True
     """
-    seed = xxhash.xxh64("\x1f".join(map(str, keys)).encode()).intdigest() >> 1
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(key(*keys))

@@ -167,7 +167,7 @@ def test_who_holds_nothing_gets_the_weights_and_not_their_changes(name: str) -> 
     m = build(name)
     after = m.step(begin(m), updates(m, 2), [1.0, 1.0])
     payload = m.ship(after, Client(0), 1, -1, dict.fromkeys(after["params"], 1))
-    assert set(after["stacks"]) == {"1"}
+    assert set(after["news"]) == {"1"}
     assert set(payload) == set(after["params"])
     assert all(torch.equal(v, after["params"][k]) for k, v in m.load({}, payload).items())
 

@@ -89,7 +89,7 @@ def test_catching_up_takes_the_cheaper_way_and_gives_the_same_bits() -> None:
         assert all(torch.equal(held[k], states[12]["params"][k]) for k in held)
         size = sum(v.numel() for k, v in payload.items() if k != "head")
         assert size == min(dense, missed * stack)
-    kept = sum(v.numel() for s in states[12]["stacks"].values() for v in s.values())
+    kept = sum(v.numel() for s in states[12]["news"].values() for v in s.values())
     assert kept <= dense  # the server never keeps more than one dense copy in stacks
 
 

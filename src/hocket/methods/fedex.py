@@ -46,7 +46,7 @@ class FedEx(Merging):
             unit = self.server_lr / (sum(s for _, _, s in held) or 1.0)
             if len(held) > _whole([w * unit for _, w, _ in held]):  # one alone, added whole, leaves nothing
                 stack[m + A], stack[m + B] = self._residual(m, [(sent, w * unit) for sent, w, _ in held])
-        return self.merged(state, super().step(state, updates, weights, shares), stack)
+        return self.told(state, super().step(state, updates, weights, shares), stack)
 
     def _residual(self, m: str, held: Sequence[tuple[Mapping[str, Tensor], float]]) -> tuple[Tensor, Tensor]:
         """A and B of the residual."""

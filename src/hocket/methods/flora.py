@@ -32,7 +32,8 @@ from hocket import products
 from hocket.combine import Lazy, finite, mean
 from hocket.methods.base import PLAIN, Local, State, Update, method
 from hocket.methods.lora import BASE, A, B, modules, pair
-from hocket.methods.merging import Merging, add, without
+from hocket.methods.merging import Merging, add
+from hocket.methods.replay import without
 from hocket.products import Product
 from hocket.tree import Tree, generator
 
@@ -106,11 +107,7 @@ class FLoRA(Merging):
         if self.server_optimizer != "sgd" or any(k.endswith(BASE) for u in updates for k in u.payload):
             # differences of whole weights: there is no stack that a client could be sent instead
             whole = [replace(u, payload=self.effect(u.payload)) for u in updates]
-            return super().step(state, whole, weights, shares) | {
-                "version": state["version"] + 1,
-                "stacks": {},
-                "last": {},
-            }
+            return self.untold(state, super().step(state, whole, weights, shares))
         stack: Tree = {}
         for m in modules(state["params"]):
             held = [(u.payload, w, s) for u, w, s in zip(updates, weights, shares, strict=True) if m + A in u.payload]
@@ -120,7 +117,7 @@ class FLoRA(Merging):
         params = dict(state["params"])
         for k, delta in mean([without(u.payload, stack) for u in updates], weights, shares):
             params[k] = params[k] + self.server_lr * delta.to(params[k].dtype)
-        return self.merged(state, state | {"params": params}, stack)
+        return self.told(state, state | {"params": params}, stack)
 
     def stacked(self, m: str, held: Sequence[tuple[Mapping[str, Tensor], float]]) -> tuple[Tensor, Tensor]:
         """A and B of what is merged into module `m`, from uploads and what each counts for."""
