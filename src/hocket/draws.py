@@ -1,9 +1,10 @@
 """Random vectors that every party can make again from a key: the one rule of all methods that send scalars of them.
 
 A draw belongs to its keys, by convention (seed, tensor name), and to nothing else: not to the order of tensors, to who
-drew before, to dtype or device. It is made in fp32 on the CPU and then cast and moved, because the generators of CPUs and
-GPUs give other numbers. (CPUs with other vector instructions may round a normal number's last bit otherwise; uniform
-ones are the same everywhere.) One generator is seeded anew for each draw, which takes a microsecond; making one takes ten.
+drew before, to dtype or device. It is made in fp32 on the CPU and then cast and moved, because the generators of CPUs
+and GPUs give other numbers. (CPUs with other vector instructions may round a normal number's last bit otherwise;
+uniform ones are the same everywhere.) One generator is seeded anew for each draw, which takes a microsecond; to make
+one takes ten.
 """
 
 from __future__ import annotations

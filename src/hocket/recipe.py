@@ -84,6 +84,8 @@ class Recipe(Section):
                 raise ValueError(f"method.{key}: schedule '{s.name}' sets it itself; leave it out here")
         if reason := s.refuses(m):
             raise ValueError(f"schedule: {reason}")
+        if reason := m.unfit(self.training):
+            raise ValueError(f"training.{reason}")
         if s.carries and self.build_codec("up").remembers:
             raise ValueError("codec.up: what clients send under schedule.caches = 'clients' is feedback already")
         if not m.increments and self.build_codec("up").remembers:

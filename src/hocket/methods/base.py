@@ -93,6 +93,10 @@ class Method:
         """Aggregations before the first training turn, whose outcome clients must hear before they can train."""
         return 0
 
+    def unfit(self, training: Any) -> str | None:
+        """Why clients cannot train this method under the recipe's section [training], naming its field; or None."""
+        return None
+
     def init(self, params: Tree, seed: int) -> State:
         """Server state at version 0 from the trainable view of the start model, and the run's seed."""
         return {"params": dict(params), "slots": {}}
