@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from figures import between, page, panel  # noqa: E402
 
+from hocket.compare import paired  # noqa: E402
+
 RESULTS = Path(__file__).parent / "results"
 PAGE, FIGURE = ROOT / "docs" / "unequal-ranks.md", ROOT / "docs" / "unequal-ranks.svg"
 SHOWN = ("zero-padding", "FlexLoRA", "FLoRA", "HLoRA", "HLoRA-Delta", "FedIT, mean", "FedIT, smallest")
@@ -72,6 +74,40 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{where}commit {result['git']}."
 
 
+ORDER = ("qqp-iid", "qqp-skewed", "qqp-very-skewed", "mrpc", "rte", "qqp-50")
+"""The tables that have all methods."""
+
+
+def overall(results: dict[str, dict[str, Any]]) -> str:
+    """Each method's mean loss on each table, and its paired difference to HLoRA over all tables and seeds."""
+    there = [t for t in ORDER if t in results]
+    names = [n for n in results[there[0]]["variants"] if all(n in results[t]["variants"] for t in there)]
+    heads = [
+        "variant",
+        *there,
+        "mean accuracy",
+        f"loss minus HLoRA over all {3 * len(there)} pairs (95 %)",
+        "p",
+        "lower in",
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name in names:
+        rows = [results[t]["variants"][name] for t in there]
+        mine = [float(x) for r in rows for x in r["losses"]]
+        other = [float(x) for t in there for x in results[t]["variants"]["HLoRA"]["losses"]]
+        d = paired(mine, other) if name != "HLoRA" else None
+        cells = [
+            name,
+            *(f"{float(r['loss']):.3f}" for r in rows),
+            f"{statistics.fmean(r['accuracy'] for r in rows):.3f}",
+            f"{d['mean']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})" if d else "-",
+            f"{d['p']:.2g}" if d else "-",
+            f"{sum(a < b for a, b in zip(mine, other, strict=True))} of {len(mine)}" if d else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def averaged(series: list[list[Any]]) -> list[float]:
     """Mean over seeds, place by place."""
     return [statistics.fmean(map(float, column)) for column in zip(*series, strict=False)]
@@ -111,6 +147,7 @@ def fading() -> str:
 def main() -> None:
     results = {p.stem: json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))}
     body = between(PAGE.read_text(), "fading", fading())
+    body = between(body, "overall", overall(results))
     for name, result in results.items():
         body = between(body, name, table(result))
     PAGE.write_text(body)
