@@ -29,6 +29,8 @@ from hocket.report.tables import first
 from hocket.study import Study, Variant
 
 Say = Callable[[str], None]
+SCORES = ("accuracy", "f1", "gsm8k", "peak_memory")
+"""What a result has the mean of where every run has it; memory in bytes, of the client that needed most."""
 
 
 @dataclass
@@ -189,6 +191,7 @@ def _perform(toml: str, folder: str) -> dict[str, Any]:
         "groups": last.get("groups"),
         "jobs": [int(c["jobs"]) for _, c in sorted(found.clients.items())],
         "wall_seconds": found.manifest["wall_seconds"], "accuracy": s["accuracy"], "gsm8k": s["gsm8k"],
+        "peak_memory": max((m["peak"] for m in found.measured.values() if "peak" in m), default=None),
         "f1": last.get("f1"), "error": [x for _, x in found.layers("error")],
         "effective_rank": [x for _, x in found.layers("rank")],
     }  # fmt: skip
@@ -224,7 +227,7 @@ def summary(study: Study, chosen: Mapping[str, Chosen], runner: Runner) -> dict[
             "loss": statistics.fmean(losses),
             "sd": statistics.stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else None,
             "difference": paired(losses, [runs[versus][s]["loss"] for s in study.seeds]) if name != versus else None,
-            **{k: mean(k) for k in ("accuracy", "f1", "gsm8k") if all(r[k] is not None for r in by_seed.values())},
+            **{k: mean(k) for k in SCORES if all(r[k] is not None for r in by_seed.values())},
             **{k: mean(k) for k in ("virtual_seconds", "up_bytes", "down_bytes", "catch_up_bytes", "wall_seconds")},
             "turns": next(iter(by_seed.values()))["turns"],
             "local_steps": mean("local_steps"),
