@@ -339,8 +339,28 @@ def test_a_discount_shortens_the_step_and_the_rate_multiplies_it(spec: str, rate
     after = product(m, m.step(state, sent, weights, shares))
     whole = product(plain, plain.step(state, sent, weights, weights))
     before = product(m, state)
-    assert close(after - before, rate * (1.75 / 4) * (whole - before))
+    expected = rate * (1.75 / 4) * (whole - before)
+    if spec == "raflora":  # by component: w_i over the shares of those who have it
+        views = [m.send(state, Client(c, 1, {"rank": r}), 0) for c, r in enumerate([2, 6, 3])]
+        a, b = pair(state["params"], M)
+        having = torch.tensor([4.0, 4, 3, 1, 1, 1]).double()
+        expected = torch.zeros_like(before)
+        for c, (view, w) in enumerate(zip(views, weights, strict=True)):
+            r = len(view[M + A])
+            end = {k: v + moves(c, view)[k] for k, v in view.items()}
+            count = rate * w / having[:r]
+            expected += m.scale(M, r) * (end[M + B] * count) @ end[M + A] - (b[:, :r] * count) @ a[:r]
+    assert close(after - before, expected)
     assert not close(after, before, 0.01)
+
+
+def test_raflora_leaves_what_only_clients_of_no_weight_have() -> None:
+    m = build("raflora", rank=6)
+    state = small(m)
+    sent = uploads(m, state, [2, 6])
+    alone = product(m, m.step(state, sent[:1], [1.0]))
+    assert close(product(m, m.step(state, sent, [1.0, 0.0])), alone)
+    assert close(product(m, m.step(state, sent, [1.0, 0.0], [1.0, 0.0])), alone)
 
 
 @pytest.mark.parametrize("spec", [*EFFECTIVE, "fedsvd"])

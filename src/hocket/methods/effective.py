@@ -24,7 +24,7 @@ from torch import Tensor
 from hocket import products
 from hocket.combine import Lazy, mean, part
 from hocket.methods.base import PLAIN, State, Update
-from hocket.methods.lora import BASE, A, B, modules, pair
+from hocket.methods.lora import BASE, A, B, compared, modules, pair
 from hocket.methods.unequal import Model, Unequal
 from hocket.products import Product
 from hocket.tree import Tree, generator
@@ -47,9 +47,12 @@ class Effective(Unequal):
         """How many of D's components, in module `m`, a client's model is the difference to."""
         raise TypeError(f"{type(self).__name__} must define started()")
 
-    def columns(self, m: str, models: Sequence[Model], share: Sequence[float]) -> list[Tensor]:
-        """What each client's components count for (each of the client's rank)."""
-        return [torch.full((x.rank(m),), p, dtype=torch.float64) for x, p in zip(models, share, strict=True)]
+    def columns(
+        self, m: str, models: Sequence[Model], weights: Sequence[float], shares: Sequence[float]
+    ) -> list[Tensor]:
+        """What each client's components count for (each of the client's rank), server rate aside."""
+        total = sum(shares)
+        return [torch.full((x.rank(m),), w / total, dtype=torch.float64) for x, w in zip(models, weights, strict=True)]
 
     def model(self, params: Tree) -> Mapping[str, Tensor]:
         bases = {m + BASE: m for m in modules(params)}
@@ -66,7 +69,7 @@ class Effective(Unequal):
         bases = {m + BASE: m for m in modules(payload)}
 
         def make(k: str) -> Tensor:
-            return products.dense(self._sum(bases[k], [payload], [1.0])) if k in bases else payload[k]
+            return products.dense(self._sum(bases[k], [payload], [1.0], [1.0])) if k in bases else payload[k]
 
         return Lazy([*bases, *(k for k in payload if not k.endswith((A, B)))], make)
 
@@ -88,22 +91,17 @@ class Effective(Unequal):
                 found[m] = [(params[m + B], params[m + A]), (step, torch.eye(step.shape[1]).to(step))]
         else:
             for m in modules(params):
-                found[m] = self._sum(m, *self._held(m, payloads, weights, shares), now=params)
+                found[m] = self._sum(m, *_held(m, payloads, weights, shares), self.server_lr, params)
         for m, terms in found.items():
             if terms:
                 params[m + B], params[m + A] = self._factors(m, terms, params, state["seed"], after["version"])
         return after | {"params": params, "slots": slots}
 
-    def _held(
-        self, m: str, payloads: Sequence[Mapping[str, Tensor]], weights: Sequence[float], shares: Sequence[float]
-    ) -> tuple[list[Model], list[float]]:
-        """The models that move module `m`, and eta p_i of each."""
-        held = [(x, w, s) for x, w, s in zip(payloads, weights, shares, strict=True) if m + A in x]
-        total = sum(s for _, _, s in held)
-        return [x for x, _, _ in held if isinstance(x, Model)], [self.server_lr * w / total for _, w, _ in held]
-
-    def _sum(self, m: str, models: Sequence[Model], share: Sequence[float], now: Tree | None = None) -> list[Product]:
-        """D + sum_i p_i Delta_i of module `m` as products; nothing if no client moved it. Without `now` only the sum.
+    def _sum(
+        self, m: str, models: Sequence[Model], weights: Sequence[float], shares: Sequence[float], rate: float = 1.0,
+        now: Tree | None = None,
+    ) -> list[Product]:  # fmt: skip
+        """D + eta sum_i p_i Delta_i of module `m` as products; nothing if no client moved it. Without `now` no D.
 
         All that clients started from are columns of D, now or in an earlier version, so they are one product each.
         """
@@ -112,7 +110,7 @@ class Effective(Unequal):
         known: dict[int, tuple[Tree, Tensor]] = {}
         if now is not None:
             known[id(now[m + A])] = now, torch.ones(len(now[m + A]), dtype=torch.float64)
-        each = self.columns(m, models, share)
+        each = [rate * c for c in self.columns(m, models, weights, shares)]
         for x, c in zip(models, each, strict=True):
             then, k = x.then, self.started(m, x)
             _, count = known.setdefault(id(then[m + A]), (then, torch.zeros(len(then[m + A]), dtype=torch.float64)))
@@ -153,9 +151,22 @@ class Effective(Unequal):
         """Rank R of module `m` at the server, where the sum has `live` directions."""
         return self.rank_of(m)
 
-    def _sides(
-        self, m: str, before: State, payloads: Sequence[Mapping[str, Tensor]], share: Sequence[float], after: State
-    ) -> tuple[list[Product], list[Product]]:
-        """(the sum, its truncation)."""
-        models = [x for x in payloads if isinstance(x, Model)]
-        return self._sum(m, models, share, now=before["params"]), [pair(after["params"], m)[::-1]]
+    def layers(
+        self, before: State, updates: Sequence[Update], weights: Sequence[float], shares: Sequence[float], after: State
+    ) -> dict[str, dict[str, float]]:
+        """What was lost of each module's sum by its truncation."""
+        out: dict[str, dict[str, float]] = {}
+        for m in modules(before["params"]) if self.server_optimizer == "sgd" else ():
+            held = _held(m, [u.payload for u in updates], weights, shares)
+            if held[0]:
+                ideal = self._sum(m, *held, self.server_lr, before["params"])
+                out[m] = compared(ideal, [pair(after["params"], m)[::-1]])
+        return out
+
+
+def _held(
+    m: str, payloads: Sequence[Mapping[str, Tensor]], weights: Sequence[float], shares: Sequence[float]
+) -> tuple[list[Model], list[float], list[float]]:
+    """The models that move module `m`, with their weights and shares."""
+    held = [(x, w, s) for x, w, s in zip(payloads, weights, shares, strict=True) if isinstance(x, Model) and m + A in x]
+    return [x for x, _, _ in held], [w for _, w, _ in held], [s for _, _, s in held]

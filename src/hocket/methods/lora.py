@@ -94,10 +94,7 @@ class LoRA(Method):
                 ideal, got = self._sides(m, before, [u.payload for u, _, _ in held], share, after)
                 if not got:
                     continue
-                size = products.norm(ideal)
-                gap = products.norm([*ideal, *((-b, a) for b, a in got)])
-                spectrum = products.svd([(b.double(), a.double()) for b, a in got])[1]  # where a run diverges, too
-                out[m] = {"error": gap / size if size else 0.0, "rank": products.effective_rank(spectrum)}
+                out[m] = compared(ideal, got)
         return out
 
     def _sides(
@@ -122,6 +119,14 @@ def modules(names: Iterable[str]) -> list[str]:
 def pair(tree: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor]:
     """A and B of a module."""
     return tree[module + A], tree[module + B]
+
+
+def compared(ideal: Sequence[Product], got: Sequence[Product]) -> dict[str, float]:
+    """||ideal - P|| / ||ideal|| and the effective rank of P, of sums of products."""
+    size = products.norm(ideal)
+    gap = products.norm([*ideal, *((-b, a) for b, a in got)])
+    spectrum = products.svd([(b.double(), a.double()) for b, a in got])[1]  # where a run diverges, too
+    return {"error": gap / size if size else 0.0, "rank": products.effective_rank(spectrum)}
 
 
 def _of(module: str, patterns: Mapping[str, T], default: T) -> T:

@@ -5,7 +5,9 @@ firm, constants are not known).
 
     component h:  sum_{i: r_i >= h} p_i s_i B_i[:, h] A_i[h] / q_h,   q_h = sum_{i: r_i >= h} p_i;   then an SVD
 
-so that no component fades. A component that nobody of a round has stays as it was. High ones rest on few clients.
+so that no component fades. A component that nobody of a round has stays as it was. High ones rest on few clients. Where
+a schedule discounts a stale client (weight w_i below its share s_i), only what that client has moves less: its component
+h counts w_i / sum_{j: r_j >= h} s_j.
 Bytes a round and client, each way: s_c sum_m r_i (in_m + out_m).
 """
 
@@ -30,9 +32,11 @@ class RaFLoRA(Effective):
     def started(self, m: str, model: Model) -> int:
         return model.rank(m)
 
-    def columns(self, m: str, models: Sequence[Model], share: Sequence[float]) -> list[Tensor]:
-        plain = super().columns(m, models, share)
-        having = torch.zeros(max(map(len, plain)), dtype=torch.float64)
-        for c in plain:
-            having[: len(c)] += c
-        return [c * sum(share) / having[: len(c)] for c in plain]
+    def columns(
+        self, m: str, models: Sequence[Model], weights: Sequence[float], shares: Sequence[float]
+    ) -> list[Tensor]:
+        having = torch.zeros(max(x.rank(m) for x in models), dtype=torch.float64)
+        for x, s in zip(models, shares, strict=True):
+            having[: x.rank(m)] += s
+        having[having == 0] = torch.inf  # those who have it count for nothing: it stays
+        return [w / having[: x.rank(m)] for x, w in zip(models, weights, strict=True)]
