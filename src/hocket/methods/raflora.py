@@ -5,9 +5,9 @@ firm, constants are not known).
 
     component h:  sum_{i: r_i >= h} p_i s_i B_i[:, h] A_i[h] / q_h,   q_h = sum_{i: r_i >= h} p_i;   then an SVD
 
-so that no component fades. A component that nobody of a round has stays as it was. High ones rest on few clients. Where
-a schedule discounts a stale client (weight w_i below its share s_i), only what that client has moves less: its component
-h counts w_i / sum_{j: r_j >= h} s_j.
+so that no component fades. A component that nobody of a round has stays as it was. High ones rest on few clients. A
+stale client, to whom a schedule gives a weight w_i below its share s_i, counts w_i / sum_{j: r_j >= h} s_j in component
+h; those of others do not slow down with it.
 Bytes a round and client, each way: s_c sum_m r_i (in_m + out_m).
 """
 
