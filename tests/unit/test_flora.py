@@ -192,6 +192,14 @@ def test_bytes_up_are_the_factors_and_down_the_stack() -> None:
     assert 4 * 2 * nbytes(small) < down < 4 * 2 * nbytes(small) + jobs * 200 * names
 
 
+def test_what_florist_sends_holds_nothing_that_it_does_not_send() -> None:
+    m: Any = method.build({"name": "florist", "rank": 2, "energy": 0.5})
+    a, b = m.stacked(M, [(factors(c, 2), 0.5) for c in range(2)])
+    assert len(a) < 4
+    assert a.is_contiguous()
+    assert b.is_contiguous()
+
+
 def test_a_new_head_is_averaged_beside_the_stack() -> None:
     model, _ = tiny("bert", "classification", vocab=64, layers=2, width=16, num_labels=3)
     m = method.build({"name": "flora", "rank": 2})

@@ -34,4 +34,4 @@ class FLoRIST(FLoRA):
     def stacked(self, m: str, held: Sequence[tuple[Mapping[str, Tensor], float]]) -> tuple[Tensor, Tensor]:
         u, s, vt = products.svd(self._terms(m, held))
         rank = len(s) if s.is_meta else products.rank_for(s, self.energy)
-        return vt[:rank].contiguous(), u[:, :rank] * s[:rank]
+        return vt[:rank].contiguous(), (u[:, :rank] * s[:rank]).contiguous()
