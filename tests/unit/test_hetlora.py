@@ -126,7 +126,7 @@ class Scripted:
     def __init__(self, end: Tree) -> None:
         self.end, self.penalty = end, None
 
-    def fit(self, local: Local, start: Tree, only: Any, prox: float, penalty: Any = None, masks: Any = None) -> Tree:
+    def fit(self, local: Local, start: Tree, only: Any, prox: float, penalty: Any = None, masks: Any = None, *_: Any) -> Tree:
         self.penalty = penalty
         return {k: self.end[k] - start[k] for k in start}
 
@@ -204,8 +204,21 @@ def test_a_tail_that_lost_weight_is_cut_off_and_what_is_left_is_read_as_it_was_t
         a, b = pair(after["params"], x)
         trained = m.scale(x, 8) * end[x + B][:, :5] @ end[x + A][:5]
         assert torch.allclose(b @ a, trained, atol=1e-12)
-    assert after["ranks"] == {3: 5}
+    assert after["ranks"] == {3: {Q: 5, V: 5}}
     assert [len(m.send(after, Client(c), 1)[Q + A]) for c in (3, 4)] == [5, 8]
+
+
+def test_each_module_remembers_the_rank_that_it_was_pruned_to() -> None:
+    m = build(8, gamma=0.7, rank_pattern={V: 2})
+    state = m.init({k: v if k.startswith(Q) else v[:2] if k.endswith(A) else v[:, :2] for k, v in start(8).items()}, 0)
+    client = Client(3, 1, {"rank": 6})
+    for ranks in ((6, 2), (4, 1), (2, 1)):
+        view = m.send(state, client, 0)
+        assert (len(view[Q + A]), len(view[V + A])) == ranks
+        end = {k: 0.1 * v for k, v in view.items()}
+        sent, _ = train(m, view, end)
+        state = m.step(state, [Update(0, 3, 0, 0, m.accept(state["params"], sent))], [1.0])
+    assert len(m.send(state, Client(4), 0)[Q + A]) == 8
 
 
 def test_a_tail_that_gained_weight_stays_and_so_does_one_that_was_zero() -> None:
@@ -223,12 +236,12 @@ def test_pruning_makes_both_directions_cheaper_and_outlives_a_checkpoint() -> No
     down, up = {}, {}
     sim.ledger.listener = lambda r: {"down": down, "up": up}.get(r["what"], {}).__setitem__((r.get("client"), r.get("turn")), r.get("bytes"))
     w.run()
-    assert all(r < 8 for r in server.state["ranks"].values())
+    assert all(r < 8 for ranks in server.state["ranks"].values() for r in ranks.values())
     assert set(server.state["ranks"]) == {0, 1, 2}
-    for c, r in server.state["ranks"].items():
+    for c, ranks in server.state["ranks"].items():
         assert up[c, 5] < up[c, 0] / 1.5
         assert down[c, 5] < down[c, 1] / 1.5
-        assert len(w.starts[c, 5][next(k for k in w.final if k.endswith(A))]) >= r
+        assert all(len(w.starts[c, 5][m + A]) >= r for m, r in ranks.items())
     tensors, skeleton = store.flatten(sim.state_dict())
     again = store.unflatten(tensors, json.loads(json.dumps(skeleton)))["server"]["state"]
     assert again["ranks"] == server.state["ranks"]

@@ -57,8 +57,8 @@ class HetLoRA(Unequal):
         return super().init(params, seed) | {"ranks": {}}
 
     def send(self, state: State, client: Client, version: int) -> Tree:
-        own = state["ranks"].get(client.id, client.traits.get("rank"))
-        return super().send(state, replace(client, traits={**client.traits, "rank": own}), version)
+        pruned = state["ranks"].get(client.id, {})
+        return self._cut(state["params"], lambda m: pruned.get(m) or self.own_rank(m, client.traits))
 
     def train(self, local: Local, start: Tree) -> Tree:
         t = {m: max(1, int(self.gamma * len(start[m + A]))) for m in modules(start)}  # one component is no tail
@@ -90,7 +90,7 @@ class HetLoRA(Unequal):
             after = super().step(state, updates, weights, shares)
         else:
             after = self._weighed(state, updates, found, weights, shares)
-        ranks = {u.client: u.payload.rank for u in updates if isinstance(u.payload, Padded)}
+        ranks = {u.client: u.payload.ranks for u in updates if isinstance(u.payload, Padded)}
         return after | {"ranks": state["ranks"] | ranks} if self.gamma < 1 else after
 
     def _weighed(
@@ -117,12 +117,12 @@ class Padded(Lazy):
     """The differences that a client's model makes to the server's factors, rows it lacks counting as zero.
 
     Attributes:
-        rank: the client's largest rank.
+        ranks: the client's in each module.
     """
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self.rank = max((model.rank(m) for m in modules(model)), default=0)
+        self.ranks = {m: model.rank(m) for m in modules(model)}
 
         def make(k: str) -> Tensor:
             if not k.endswith((A, B)):
