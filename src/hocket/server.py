@@ -174,7 +174,8 @@ class Server:
         if not 0 < update.weight < float("inf"):
             return f"rejected: weight {update.weight}"
         try:
-            reason = self.method.check(self.state, update)
+            known = replace(update, traits=self.clients[update.client].traits)
+            reason = self.method.check(self.state, known)
         except WireError as error:
             reason = str(error)
         return f"rejected: {reason}" if reason else None

@@ -541,6 +541,17 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_is_lost(spec: str, wha
     assert close(product(m, rest), product(m, server.state))
 
 
+@pytest.mark.parametrize("spec", [*EFFECTIVE, "hetlora"])
+def test_a_rank_above_the_clients_own_is_refused(spec: str) -> None:
+    m = build(spec, rank=6)
+    ranks = [Client(0, 1, {"rank": 2}), Client(1)]
+    server = Server(m, schedule.build("sync"), {M + A: draw(6, INNER), M + B: draw(OUT, 6)}, ranks, 1, 0)
+    jobs = {j.client: j for j in server.poll()}
+    sent = {M + A: draw(3, INNER), M + B: draw(OUT, 3)}
+    assert server.receive(Update(jobs[1].id, 1, 0, 0, sent)) is None
+    assert "with r up to 2" in str(server.receive(Update(jobs[0].id, 0, 0, 0, sent)))
+
+
 def test_other_tensors_are_checked_and_averaged_as_ever() -> None:
     m = build("hlora", rank=6)
     state = m.init({M + A: draw(6, INNER), M + B: draw(OUT, 6), "head": draw(3)}, 0)

@@ -46,7 +46,7 @@ class Job:
 @dataclass(frozen=True)
 class Update:
     """What came back for a job: what the method uploads (a delta, factors, scalars), never a full model; `bytes` are
-    those of its packet."""
+    those of its packet. `traits` are what the server knows of the client while the method checks the upload."""
 
     job: int
     client: int
@@ -56,6 +56,7 @@ class Update:
     weight: float = 1.0
     metrics: dict[str, float] = field(default_factory=dict)
     bytes: int = 0
+    traits: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ averaged without its scale. Ranks are read off the shapes that arrive.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -49,8 +49,12 @@ class Unequal(LoRA):
         return 1.0
 
     def send(self, state: State, client: Client, version: int) -> Tree:
-        own = client.traits.get("rank")
-        return self._cut(state["params"], lambda m: min(own or self.rank_of(m), self.rank_of(m)))
+        return self._cut(state["params"], lambda m: self.own_rank(m, client.traits))
+
+    def own_rank(self, module: str, traits: Mapping[str, Any]) -> int:
+        """Rank of a module's factors at a client to begin with."""
+        top = self.rank_of(module)
+        return min(traits.get("rank") or top, top)
 
     def ship(self, state: State, client: Client, version: int, since: int, changed: Mapping[str, int]) -> Tree:
         view = self.send(state, client, version)  # cut anew each time, also from what the client holds already
@@ -68,13 +72,13 @@ class Unequal(LoRA):
         return view
 
     def check(self, state: State, update: Update) -> str | None:
-        """Ranks may differ from client to client; everything else is as the state has it."""
+        """Ranks differ from client to client, none is above its client's; everything else is as the state has it."""
         params, sent = state["params"], update.payload
         for m in modules(sent):
             if m + A not in params:
                 return f"unknown tensor '{m}{A if m + A in sent else B}'"
             a, b = sent.get(m + A), sent.get(m + B)
-            inner, out, top = params[m + A].shape[1], params[m + B].shape[0], self.rank_of(m)
+            inner, out, top = params[m + A].shape[1], params[m + B].shape[0], self.own_rank(m, update.traits)
             shapes = [tuple(x.shape) for x in (b, a) if x is not None]
             rank = next(iter(shapes[-1] if a is not None else shapes[0][::-1]), 0)
             fits = (a is None or a.shape == (rank, inner)) and (b is None or b.shape == (out, rank))
