@@ -8,7 +8,8 @@ they need.
 `Differences` is for codecs that would ruin whole weights (low rank, sparse): with x_c what client c holds, the server
 sends C(theta - x_c) for the tensors that changed since, and both sides add what was decoded to x_c, so that what was
 lost is in the next difference (the server's side of EF21, https://arxiv.org/abs/2106.05203). That needs x_c for each
-client: packets in the spool, on disk where they are many, never in memory.
+client: packets in the spool, on disk where they are many, never in memory. What has another shape than x_c's is
+sent whole, and so is what a client gets that holds nothing yet.
 """
 
 from __future__ import annotations
@@ -144,23 +145,30 @@ class Differences(Downlink):
         method, since, payload = server.method, job.since, job.payload
         if since is None or since < 0:  # there is nothing to take a difference to
             return method.load({}, payload), wire.size(payload)
+        client = server.clients[job.client]
         base: Mapping[str, Tensor] = self._start
-        want: Mapping[str, Tensor] = method.send(server.state, server.clients[job.client], job.version)
+        want: Mapping[str, Tensor] = method.send(server.state, client, job.version)
         planned = any(t.is_meta for t in server.state["params"].values())
         if planned and not method.rebuilds:  # shapes are not kept; what stands for them is any version's
             base = want
         elif since in self._held.get(job.client, {}) and not method.rebuilds:
             base = self.spool.get(f"held/{job.client}/{self._held[job.client][since]}")
+        elif not method.rebuilds:  # of the start model it holds its own cut
+            base = method.send(server.state | {"params": self._start}, client, since)
         names = [k for k in payload if k in want]
         if len(names) < len(payload):  # the method has a shorter way from version to version; here its end is sent
             names = [k for k in want if server.changed.get(k, 0) > since or k in payload]
         elif method.rebuilds:
             want = payload
+        # of another shape than what it holds, where the client's rank has changed: nothing to take a difference to
+        whole = {k: want[k] for k in names if k in base and base[k].shape != want[k].shape}
+        names = [k for k in names if k not in whole]
         news = {k: want[k] - base[k] if want[k].is_floating_point() else want[k] for k in names}
         blob = self.codec.encode(news)
         found = self.codec.decode(blob)
-        moved = {k: base[k] + found[k] if want[k].is_floating_point() else found[k] for k in names}
+        moved = {k: base[k] + found[k] if want[k].is_floating_point() else found[k] for k in names} | whole
         size = self.codec.size(news) if planned else len(blob)
+        size += wire.size(whole) if whole else 0
         return {k: moved[k] if k in moved else base[k] for k in sorted({*base, *moved})}, size
 
     def _keep(self, job: Job, view: Tree, server: Server) -> str:

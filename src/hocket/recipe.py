@@ -124,12 +124,6 @@ class Recipe(Section):
             raise ValueError(f"clients.each: {len(self.clients.each)} entries for {self.clients.count} clients")
         if self.build_codec("down").remembers:
             raise ValueError("codec.down: error feedback keeps a model per client on the server; use it in codec.up")
-        cut = any(d.rank for d in self.devices()) or getattr(m, "gamma", 1) < 1
-        if isinstance(m, Unequal) and cut and self.build_codec("down").differences:
-            raise ValueError(
-                f"codec.down: '{self.codec.down['name']}' sends differences to what a client holds, and the shapes of "
-                f"'{m.name}' depend on the client's rank; use 'raw', 'half' or 'int8'"
-            )
         if self.training.precision != "fp32" and self.model.device == "cpu":
             raise ValueError(f"training.precision: '{self.training.precision}' is for GPUs; use 'fp32' on the CPU")
         self.devices()

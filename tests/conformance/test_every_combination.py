@@ -91,9 +91,7 @@ TRIPLES = cover(PAIRS, list(CODECS))
 
 
 def world(meth: str, sched: str, up: str = "raw", loss: float = 0.0, **more: Any) -> World:
-    # codecs for differences take the first one to the server's start model, which has other ranks
-    whole = up in ("raw", "feedback") or (meth in RANKS and codec.build(CODECS[up]).differences)
-    down = "raw" if whole else CODECS[up]
+    down = "raw" if up in ("raw", "feedback") else CODECS[up]
     return language(
         ARCH.get(meth, "llama"), meth=METHODS[meth], sched=SCHEDULES[sched], up=CODECS[up], down=down, loss=loss,
         layers=2, steps=1,
