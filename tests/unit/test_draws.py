@@ -57,5 +57,21 @@ def test_the_variance_in_d_dimensions_is_about_a_third_of_one_over_d() -> None:
         assert 1 / draws.variance(1 / math.sqrt(d)) == pytest.approx(3 * d, rel=1e-3)
 
 
-def test_a_longer_uniform_draw_begins_with_a_shorter_one() -> None:
+@pytest.mark.parametrize("n", [1, 3, draws.PIECE - 1, draws.PIECE + 5])
+@pytest.mark.parametrize("bound", [1e-4, 5e-3, 0.5])
+def test_a_longer_truncated_draw_begins_with_a_shorter_one(n: int, bound: float) -> None:
+    long = draws.truncated((3 * draws.PIECE,), bound, 5)
+    assert torch.equal(long[:n], draws.truncated((n,), bound, 5, out=torch.empty(4 * draws.PIECE)))
     assert torch.equal(draws.truncated((7, 50), 0.01, 5)[:3], draws.truncated((3, 50), 0.01, 5))
+
+
+@pytest.mark.parametrize("bound", [5e-4, 5e-3, 0.05, 1.0])
+def test_truncated_numbers_have_the_conditioned_normal_distribution(bound: float) -> None:
+    x = draws.truncated((200_000,), bound, 3).double()
+    u = torch.erf(x / 2**0.5) / math.erf(bound / 2**0.5)  # uniform in (-1, 1) if they do
+    assert float(u.abs().max()) <= 1
+    got = torch.histc(u, 100, -1, 1) - 2000
+    assert float((got**2).sum() / 2000) == pytest.approx(99, abs=70)  # chi square, five standard deviations
+    assert float(u.mean()) == pytest.approx(0, abs=5 * (1 / 3 / 200_000) ** 0.5)
+    for shift in (1, 2, 3, 4):  # four come from one draw
+        assert float((u[shift:] * u[:-shift]).mean()) == pytest.approx(0, abs=5 / 3 / 200_000**0.5)
