@@ -1,4 +1,5 @@
-"""Clients' memory before a run: who has too little, and the plan that the report sets beside what is measured."""
+"""What is said before a run: of clients who have too little memory, of fields without effect; and the plan of memory
+that the report sets beside what is measured."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hocket.errors import HocketError
+from hocket.methods import method as methods
 from hocket.plan import plan
 from hocket.recipe import Recipe
 from hocket.store import RunFolder
@@ -25,8 +27,23 @@ def shortage(clients: Iterable[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def unused(recipe: Recipe) -> list[str]:
+    """A line if clients have ranks that the method passes over. No error: studies share clients among methods."""
+    m = recipe.build_method()
+    if getattr(m, "unequal", False) or not any(d.rank for d in recipe.devices()):
+        return []
+    fit = sorted(n for n in methods.names() if getattr(methods.get(n), "unequal", False))
+    return [
+        f"clients.ranks (or a client's rank) has no effect: every client of '{m.name}' trains the same tensors; "
+        f"take it out, or use a method for clients of unequal ranks: {', '.join(fit)}"
+    ]
+
+
 def note(recipe: Recipe, rows: Sequence[int], folder: RunFolder, tell: Callable[[dict[str, Any]], None] | None) -> None:
-    """Plan clients' memory if it is stated or to be measured: warn, and write `memory.json` into the run's folder."""
+    """Warn; plan clients' memory if it is stated or to be measured, and write `memory.json` into the run's folder."""
+    for line in unused(recipe):
+        if tell:
+            tell({"what": "warning", "text": line})
     if not recipe.training.measure_memory and all(d.memory_gb is None for d in recipe.devices()):
         return
     try:

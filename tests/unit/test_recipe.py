@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hocket.errors import RecipeError
+from hocket.needs import note, unused
 from hocket.recipe import load, parse
 
 BASE: dict[str, Any] = {"model": {"source": "tiny:llama"}, "data": {"source": "docstrings"}, "method": "fedbcd"}
@@ -74,6 +75,8 @@ def test_presets_are_points_that_a_recipe_may_change() -> None:
         ({"clients": {"spread": {"speed": 3}}}, r"clients\.spread\.speed"),
         ({"preset": "parablok"}, r"preset: there is no 'parablok'; did you mean 'parablock'"),
         ({"evaluation": {"gsm8k": "x"}, "model": {"source": "x", "task": "classification"}}, r"evaluation\.gsm8k"),
+        ({"evaluation": {"rouge": 4}, "model": {"source": "x", "task": "classification"}}, r"evaluation\.rouge: a classification"),
+        ({"evaluation": {"rouge": 0}}, r"evaluation\.rouge"),
     ],
 )
 def test_wrong_recipes_name_the_field(change: dict[str, Any], message: str) -> None:
@@ -128,6 +131,20 @@ def test_preset_async_is_a_schedule_and_a_codec_that_a_recipe_may_override() -> 
 def test_differences_go_down_to_clients_of_any_rank() -> None:
     for name in ("hlora", "hetlora"):
         made(method={"name": name, "rank": 4}, codec={"down": {"name": "int4"}}, clients={"count": 2, "ranks": [2, 4]})
+
+
+@pytest.mark.parametrize("clients", [{"count": 2, "ranks": [2, 4]}, {"count": 2, "each": [{"rank": 2}]}])
+def test_ranks_that_a_method_passes_over_are_said(clients: dict[str, Any]) -> None:
+    for name in ("fedit", "fedavg"):
+        (line,) = unused(made(method=name, clients=clients))
+        assert line.startswith("clients.ranks")
+        assert f"'{name}'" in line
+        assert "hlora" in line
+        assert not unused(made(method=name))
+        said: list[Any] = []
+        note(made(method=name, clients=clients), [1, 1], None, said.append)  # type: ignore[arg-type]
+        assert said == [{"what": "warning", "text": line}]
+    assert not unused(made(method={"name": "hlora", "rank": 4}, clients=clients))
 
 
 def test_a_client_of_a_larger_rank_than_the_servers_is_an_error() -> None:
