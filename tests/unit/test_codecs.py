@@ -107,6 +107,15 @@ def test_feedback_sends_everything_in_the_end() -> None:
 FED = {"name": "feedback", "codec": "int8"}
 
 
+def test_lossless_is_what_is_made_of_lossless_codecs() -> None:
+    every = {name: {"codec": "raw"} if name == "feedback" else {"codecs": ["raw"]} if name == "chain" else {} for name in codec.names()}
+    every["per_tensor"] = {"rules": {"*": "raw"}}
+    exact = {name for name, more in every.items() if built({"name": name, **more}).lossless}
+    assert exact == {"raw", "zstd", "chain", "per_tensor"}
+    assert not built({"name": "chain", "codecs": ["raw", "half"]}).lossless
+    assert not built({"name": "per_tensor", "rules": {"a": "int8", "*": "raw"}}).lossless
+
+
 @pytest.mark.parametrize(
     "spec",
     [
@@ -240,7 +249,7 @@ def test_a_chain_whose_parts_are_used_twice_or_never_is_refused(subs: list[str])
 
 
 def test_which_codecs_are_for_differences() -> None:
-    plain = {"raw", "half", "int8"}
+    plain = {"raw", "half", "int8", "zstd"}
     for name in set(codec.names()) - {"chain", "per_tensor", "feedback"}:
         assert built(name).differences == (name not in plain)
         for wrapped in (feedback(name), chain("half", name), {"name": "per_tensor", "rules": {"a": "raw", "*": name}}):

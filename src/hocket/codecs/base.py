@@ -31,12 +31,16 @@ class Codec:
     """One tensor to parts and back. A subclass overrides `pack` and `unpack`; the defaults keep the tensor as it is."""
 
     name: ClassVar[str] = ""
-    lossless: ClassVar[bool] = False
 
     @property
     def within(self) -> tuple[Codec, ...]:
         """The codecs this one is made of."""
         return ()
+
+    @property
+    def lossless(self) -> bool:
+        """Whether what arrives is what was sent, to the bit."""
+        return bool(self.within) and all(c.lossless for c in self.within)
 
     @property
     def remembers(self) -> bool:
@@ -157,7 +161,7 @@ Nested = Annotated[Codec, BeforeValidator(_inner)]
 class Raw(Codec):
     """Every tensor as it is."""
 
-    lossless: ClassVar[bool] = True
+    lossless = True
 
 
 @codec("chain")
@@ -244,6 +248,8 @@ class Feedback(Codec):
     the next update. With e the sender's memory of this tensor: send C(x + e), then e <- x + e - C(x + e). It is
     outermost: `feedback(per_tensor(...))`.
     """
+
+    lossless = False  # x + e makes +0 of -0
 
     codec: Nested = Field(description="the lossy codec whose error is carried over")
 

@@ -22,12 +22,13 @@ def declared(x: Tensor) -> dict[str, Any]:
     return {"shape": list(x.shape), "dtype": NAMES[x.dtype]}
 
 
-def shaped(meta: Any) -> tuple[list[int], torch.dtype]:
-    """Shape and floating dtype that a packet declares. Raises `ValueError` for what no tensor of a model has."""
+def shaped(meta: Any, floating: bool = True) -> tuple[list[int], torch.dtype]:
+    """Shape and dtype (a floating one, if asked for) that a packet declares. Raises `ValueError` for what no tensor of
+    a model has."""
     shape, dtype = meta["shape"], DTYPES[meta["dtype"]]
     if len(shape) > LIMITS.dims or not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) > MOST:
         raise ValueError(f"no tensor of a model has shape {shape}")
-    if not dtype.is_floating_point:
+    if floating and not dtype.is_floating_point:
         raise ValueError(f"{dtype} is not floating")
     return shape, dtype
 
