@@ -119,7 +119,7 @@ def _headline(run: Any) -> str:
         before = f"{s['start_loss']:.4f} -> " if s["start_loss"] is not None else ""
         whose = "own models' loss on clients' own held-out rows" if run.personal else "held-out loss"
         lines.append(f"{whose} {before}{s['final_loss']:.4f}{shown}")
-    for key, n in (("accuracy", "n"), ("gsm8k", "gsm8k_n")):
+    for key, n in (("accuracy", "n"), ("gsm8k", "gsm8k_n"), ("rouge_l", "rouge_l_n")):
         if key in last:
             low, high = last[f"{key}_low"], last[f"{key}_high"]
             lines.append(f"{key} {last[key]:.1%} (n = {last[n]}, 95 % {low:.1%} to {high:.1%})")

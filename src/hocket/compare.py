@@ -29,7 +29,7 @@ from hocket.report.tables import first
 from hocket.study import Study, Variant
 
 Say = Callable[[str], None]
-SCORES = ("accuracy", "f1", "gsm8k", "peak_memory")
+SCORES = ("accuracy", "f1", "gsm8k", "rouge_l", "peak_memory")
 """What a result has the mean of where every run has it; memory in bytes, of the client that needed most."""
 
 
@@ -191,6 +191,7 @@ def _perform(toml: str, folder: str) -> dict[str, Any]:
         "groups": last.get("groups"),
         "jobs": [int(c["jobs"]) for _, c in sorted(found.clients.items())],
         "wall_seconds": found.manifest["wall_seconds"], "accuracy": s["accuracy"], "gsm8k": s["gsm8k"],
+        "rouge_l": s["rouge_l"],
         "peak_memory": max((m["peak"] for m in found.measured.values() if "peak" in m), default=None),
         "f1": last.get("f1"), "error": [x for _, x in found.layers("error")],
         "effective_rank": [x for _, x in found.layers("rank")],
@@ -255,7 +256,7 @@ def _on_own_rows(result: Mapping[str, Any]) -> dict[str, Any]:
     if result["clients_loss"] is None:
         raise RecipeError("data.client_heldout: a personalized method is compared on clients' own rows; set it for all")
     scores = {"loss": _number(result["clients_loss"]), "accuracy": result["clients_accuracy"]}
-    unknown: dict[str, Any] = {"f1": None, "gsm8k": None, "start_loss": None, "curve": [], "moved": []}
+    unknown: dict[str, Any] = {"f1": None, "gsm8k": None, "rouge_l": None, "start_loss": None, "curve": [], "moved": []}
     return {**result, **scores, **unknown, "heldout_rows": result["clients_n"]}
 
 
@@ -293,6 +294,8 @@ def table(result: Mapping[str, Any]) -> str:
         "ratio",
     ]
     heads += [f"as good as {versus}, virtual s"] * timed + ["up MB", "down MB"]
+    answered = [k for k in ("gsm8k", "rouge_l") if any(k in v for v in result["variants"].values())]
+    heads += answered
     rows = [heads, ["---"] * len(heads)]
     if result["base_loss"] is not None:
         rows.append(["start model", "-", f"{result['base_loss']:.4f}", *["-"] * (len(heads) - 3)])
@@ -310,6 +313,7 @@ def table(result: Mapping[str, Any]) -> str:
                 *[_when(v.get("reached", []))] * timed,
                 f"{v['up_bytes'] / 1e6:.1f}",
                 f"{v['down_bytes'] / 1e6:.1f}",
+                *(f"{v[k]:.1%}" if k in v else "-" for k in answered),
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

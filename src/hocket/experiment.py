@@ -81,6 +81,15 @@ class Experiment:
         self.collate = functools.partial(collate, pad_id=self.tokenizer.pad_token_id, pad_to_multiple=multiple)
         self.trainer = TorchTrainer(self.view, self.data.clients, self.collate, recipe.training, interrupted)
         self.rows = [len(c) for c in self.data.clients]
+        self.asked = self._asked(loaded.model.config)
+
+    def _asked(self, config: Any) -> list[evaluate.Question]:
+        """Held-out rows that the model is to answer, so that a run that cannot score them does not begin."""
+        e, reads = self.recipe.evaluation, getattr(config, "max_position_embeddings", None)
+        if e.rouge is None:
+            return []
+        room = None if reads is None else reads - e.rouge_tokens
+        return evaluate.questions(self.data.heldout, self.data.references, e.rouge, room=room)
 
     @property
     def steps(self) -> list[int]:
@@ -110,7 +119,8 @@ class Experiment:
             return evaluate.evaluate(
                 self.view.model, self.tokenizer, self.data.heldout, self.collate, batch_size=e.batch_size,
                 device=self.view.device, gsm8k_source=e.gsm8k, gsm8k_limit=e.gsm8k_limit, gsm8k_tokens=e.gsm8k_tokens,
-                words=self.data.words, interrupted=self.trainer.interrupted,
+                rouge_asked=self.asked, rouge_tokens=e.rouge_tokens, words=self.data.words,
+                interrupted=self.trainer.interrupted,
             )  # fmt: skip
 
     def evaluate_clients(self, view_of: Callable[[int], Tree]) -> dict[str, Any]:

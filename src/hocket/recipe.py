@@ -107,12 +107,13 @@ class Recipe(Section):
                 f"data.client_heldout: '{m.name}' leaves each client a model of its own, which is scored on rows that "
                 "the client keeps from training; say how many"
             )
-        if m.personal and self.evaluation.gsm8k:
-            raise ValueError(f"evaluation.gsm8k: '{m.name}' leaves each client a model of its own, and none to ask")
+        asked = next((key for key in ("gsm8k", "rouge") if getattr(self.evaluation, key) is not None), None)
+        if m.personal and asked:
+            raise ValueError(f"evaluation.{asked}: '{m.name}' leaves each client a model of its own, and none to ask")
         if self.model.task == "classification" and self.data.packing:
             raise ValueError("data.packing: rows of a classification task are not joined; set it to false")
-        if self.model.task == "classification" and self.evaluation.gsm8k:
-            raise ValueError("evaluation.gsm8k: a classification model cannot write answers; use model.task = 'causal'")
+        if self.model.task == "classification" and asked:
+            raise ValueError(f"evaluation.{asked}: a classification model writes no answers; use model.task = 'causal'")
         cohort = getattr(s, "cohort", None)
         if isinstance(cohort, int) and cohort > self.clients.count:
             raise ValueError(f"schedule.cohort: {cohort} clients a turn, but clients.count is {self.clients.count}")

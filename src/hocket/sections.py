@@ -167,6 +167,10 @@ class EvaluationSection(Section):
     gsm8k: Annotated[str | None, Field(description="GSM8K test file or hub id; none: not scored")] = None
     gsm8k_limit: int = Field(100, ge=1, description="problems scored")
     gsm8k_tokens: int = Field(256, ge=1, description="most new tokens of an answer")
+    rouge: Annotated[
+        int | None, Field(ge=1, description="held-out rows answered and scored by Rouge-L (extra 'rouge'); none: off")
+    ] = None
+    rouge_tokens: int = Field(128, ge=1, description="most new tokens of such an answer")
 
 
 class EngineSection(Section):

@@ -236,6 +236,7 @@ def test_a_comparison_holds_all_to_the_clients_own_rows(tmp_path: Path, monkeypa
     [
         ({"data": {"source": "docstrings"}}, r"data\.client_heldout: 'fedsa-lora'.*say how many"),
         ({"evaluation": {"gsm8k": "x"}}, r"evaluation\.gsm8k: 'fedsa-lora'"),
+        ({"evaluation": {"rouge": 4}}, r"evaluation\.rouge: 'fedsa-lora'"),
     ],
 )
 def test_recipes_without_rows_to_score_on_are_refused(change: Any, message: str) -> None:

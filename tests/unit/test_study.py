@@ -140,11 +140,11 @@ def test_like_looks_in_its_own_study_first_and_rates_at_the_edge_are_told(tmp_pa
 def test_a_diverged_seed_is_summed_up_and_written(tmp_path: Path) -> None:
     import json
 
-    from hocket.compare import Chosen, summary
+    from hocket.compare import SCORES, Chosen, summary
     from hocket.compare import write as write_results
 
     (study,) = gather([write(tmp_path / "s.toml", STUDY.replace('versus = "b"', 'versus = "a"'))])
-    blank = {"git": "x", "start_loss": None, "accuracy": None, "gsm8k": None, "heldout_rows": 5, "turns": 2, "moved": [], "clients": None, "groups": None, "f1": None, "error": [], "effective_rank": [], "jobs": [1], "curve": []}
+    blank = {**dict.fromkeys(SCORES), "git": "x", "start_loss": None, "heldout_rows": 5, "turns": 2, "moved": [], "clients": None, "groups": None, "error": [], "effective_rank": [], "jobs": [1], "curve": []}
     blank |= dict.fromkeys(("virtual_seconds", "up_bytes", "down_bytes", "catch_up_bytes", "wall_seconds", "local_steps"), 1.0)
 
     class Known:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from hocket.data import corrupt, docstrings
 from hocket.data.encode import Encoded, encode, text_labels
 from hocket.data.load import load
 from hocket.data.partition import length_bin, length_edges, partition, summary
-from hocket.data.templates import ANSWER, CONTEXT, PROMPT, TEXT, alone, pick
+from hocket.data.templates import ANSWER, CONTEXT, PROMPT, TEXT, alone, pick, reference
 from hocket.errors import DataError
 from hocket.tree import generator
 
@@ -35,6 +35,7 @@ class Prepared:
             `lost` by that, `corrupted` rows, and `heldout` rows of its own, if any.
         classes: labels of a classification that are text; a label's place is its number.
         words: words of the held-out rows, if they are text alone.
+        references: for each of `heldout` its whole answer, or "" where nothing is asked; empty for classification.
     """
 
     clients: list[Encoded]
@@ -45,6 +46,7 @@ class Prepared:
     summary: list[dict[str, Any]]
     classes: list[str]
     words: int | None = None
+    references: list[str] = field(default_factory=list)
 
     def table(self) -> Table:
         """The summary, for printing."""
@@ -163,9 +165,10 @@ def prepare(
         row |= {"heldout": len(own[c])} if own else {}
     if packing:
         mine = [m.packed(max_length) for m in mine]
+    right = {i: reference(held[i], fields) for i in dict.fromkeys(held_kept)} if task == "causal" else {}
     texts = [alone(held[i], fields) for i in dict.fromkeys(held_kept)] if task == "causal" else []
     words = sum(len(t.split()) for t in texts) if texts and all(texts) else None
-    return Prepared(mine, heldout, own, names, skipped, counts, classes, words)
+    return Prepared(mine, heldout, own, names, skipped, counts, classes, words, [right[i] for i in held_kept if right])
 
 
 def _lengths(rows: Encoded, kept: Sequence[int]) -> list[int]:

@@ -56,6 +56,12 @@ def alone(row: Mapping[str, Any], fields: Mapping[str, str]) -> str:
     return pick(row, "text", TEXT, fields)
 
 
+def reference(row: Mapping[str, Any], fields: Mapping[str, str]) -> str:
+    """The whole answer to what a row asks, or "" if it asks nothing."""
+    asks = pick(row, "instruction", PROMPT, fields) or pick(row, "context", CONTEXT, fields)
+    return pick(row, "output", ANSWER, fields) if asks else ""
+
+
 def render(
     row: Mapping[str, Any],
     tokenizer: Any,
@@ -130,6 +136,19 @@ def prompt_text(question: str, tokenizer: Any) -> str:
     if getattr(tokenizer, "chat_template", None):
         return _frame("chat", question, question, "", tokenizer)[0]
     return _frame("alpaca", question, question, "", tokenizer)[0]
+
+
+def closing(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts behind an answer, if there is one: it need not be the tokenizer's
+    end of text."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        end = _ids(tokenizer, _frame("chat", "a", "a", "", tokenizer)[1].lstrip(), special=False)[:1]
+    except DataError:  # only matters to who asked for the chat template
+        return None
+    known = tokenizer.added_tokens_decoder
+    return end[0] if end and end[0] in known and known[end[0]].special else None
 
 
 def _frame(kind: str, question: str, prompt: str, context: str, tokenizer: Any) -> tuple[str, str]:

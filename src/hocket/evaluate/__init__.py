@@ -1,4 +1,4 @@
-"""What the global model can do: held-out loss, classification, GSM8K."""
+"""What the global model can do: held-out loss, classification, GSM8K, Rouge-L."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from hocket.evaluate.generate import generate
 from hocket.evaluate.gsm8k import extract, gsm8k
 from hocket.evaluate.loss import heldout, pooled, wilson
+from hocket.evaluate.rouge import Question, questions, rouge
 
-__all__ = ["evaluate", "extract", "generate", "gsm8k", "heldout", "pooled", "wilson"]
+__all__ = ["Question", "evaluate", "extract", "generate", "gsm8k", "heldout", "pooled", "questions", "rouge", "wilson"]
 
 
 def evaluate(
@@ -26,6 +27,8 @@ def evaluate(
     gsm8k_source: str | None = None,
     gsm8k_limit: int = 100,
     gsm8k_tokens: int = 256,
+    rouge_asked: Sequence[Question] = (),
+    rouge_tokens: int = 128,
     words: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -44,4 +47,8 @@ def evaluate(
             model, tokenizer, gsm8k_source, limit=gsm8k_limit, batch_size=batch_size, max_new_tokens=gsm8k_tokens,
             interrupted=interrupted,
         )  # fmt: skip
+    if rouge_asked:
+        out |= rouge(
+            model, tokenizer, rouge_asked, batch_size=batch_size, max_new_tokens=rouge_tokens, interrupted=interrupted
+        )
     return out

@@ -119,6 +119,11 @@ def _ratio(sums: torch.Tensor, counts: torch.Tensor) -> tuple[float, float, floa
     return mean - Z * spread, mean, mean + Z * spread
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower end, mean and upper end (95 %, normal) of values that are one a row."""
+    return _ratio(torch.tensor(values, dtype=torch.float64), torch.ones(len(values), dtype=torch.float64))
+
+
 def _shares(pairs: Sequence[tuple[int, int]]) -> dict[str, float]:
     """Accuracy and F1 with their intervals, from (label, guess) pairs."""
     hits = sum(a == b for a, b in pairs)

@@ -107,7 +107,7 @@ def _one(run: Run) -> str:
         *([("tensors no codec made smaller", f"{s['raw_tensors']:,}")] if s["raw_tensors"] else []),
         *([("steps skipped, not finite", str(s["skipped"]))] if s["skipped"] else []),
     ]
-    for key in ("accuracy", "gsm8k"):
+    for key in ("accuracy", "gsm8k", "rouge_l"):
         if s[key] is not None:
             pairs.append((key, f"{s[key]:.1%}"))
     return f"<h1>{escape(s['name'])}</h1>{_title(run)}{_cards(pairs)}"

@@ -64,6 +64,7 @@ class Run:
             "perplexity": last.get("perplexity"),
             "accuracy": last.get("accuracy"),
             "gsm8k": last.get("gsm8k"),
+            "rouge_l": last.get("rouge_l"),
             "virtual_seconds": self.seconds,
             "down_bytes": int(total["down"]),
             "up_bytes": int(total["up"]),
