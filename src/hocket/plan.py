@@ -199,7 +199,8 @@ def _clock(recipe: Recipe, rows: Sequence[int] | None) -> tuple[dict[str, Any], 
     m = recipe.model
     model = skeleton(m.source, task=m.task, num_labels=m.num_labels, dtype=DTYPES[m.dtype])
     view = views.make(model, method, recipe.model.task, recipe.seed)
-    start = {k: torch.empty_like(view.params[k], device="meta", dtype=torch.float32) for k in sorted(view.params)}
+    blank = lambda p: torch.empty_like(p, device="meta", dtype=torch.float32)  # noqa: E731
+    start = {k: view.turned(k, blank(view.params[k])) for k in sorted(view.params)}
     shapes: Any = ShapeMethod(method)
     n = recipe.clients.count
     steps = [recipe.training.steps(rows[c] if rows else 1) for c in range(n)]

@@ -98,6 +98,13 @@ def test_methods_with_state_of_their_own_are_planned_as_they_step() -> None:
     assert p["down"] == pytest.approx((0 + 1 + 2 + 3) * p["up"] / 4, rel=1e-3)
 
 
+@pytest.mark.parametrize("meth", ["flora", "slora"])
+def test_weights_that_a_model_keeps_as_in_x_out_are_planned_too(meth: str) -> None:
+    """GPT-2's Conv1D: methods see its weights as out x in, whichever the module has."""
+    base = {"model": {"source": "tiny:gpt2"}, "data": {"source": "docstrings"}, "turns": 3, "clients": {"count": 2}}
+    assert plans.clock(parse(base | {"method": METHODS[meth]}))["up"] > 0
+
+
 METHODS: dict[str, Any] = {n: {"name": n} for n in method.names()}
 METHODS |= {n: {"name": n, "rank": 2} for n in ("fedit", "ffa-lora", "flora")}
 METHODS["slora"] |= {"rank": 2, "sparse_turns": 2}
