@@ -3,21 +3,23 @@
 A draw belongs to its keys, by convention (seed, tensor name), and to nothing else: not to the order of tensors, to who
 drew before, to dtype or device. It is made in fp32 on the CPU and then cast and moved, because the generators of CPUs
 and GPUs give other numbers. (CPUs with other vector instructions may round a number's last bit otherwise; those that
-are truncated at less than 1e-3 are the same everywhere.) One generator is seeded anew for each draw, which takes a microsecond; to make
-one takes ten.
+are truncated at less than 1e-3 are the same everywhere.) One generator of each thread is seeded anew for each draw.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hocket.tree import key
 
+T = TypeVar("T")
 _own = threading.local()
 LANES = 16
 """torch draws fewer normal numbers than this by another rule, one by one and slowly."""
@@ -82,3 +84,22 @@ def variance(bound: float) -> float:
         return bound**2 / 3 * (1 - 2 * bound**2 / 15)
     density = math.exp(-(bound**2) / 2) / math.sqrt(2 * math.pi)
     return 1 - 2 * bound * density / math.erf(bound / math.sqrt(2))
+
+
+def spread(work: Callable[[Any], T], jobs: Sequence[Any], cost: Sequence[float]) -> list[T]:
+    """`work` of each job, on as many threads as torch may use, each with one of torch's: generators use one, and the
+    results do not depend on how many there are.
+
+    Args:
+        cost: of each job, in any unit.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or not jobs:
+        return [work(job) for job in jobs]
+    try:
+        with ThreadPoolExecutor(min(threads, len(jobs)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            order = sorted(range(len(jobs)), key=lambda i: -cost[i])  # the long ones first
+            found = {i: pool.submit(work, jobs[i]) for i in order}
+            return [found[i].result() for i in range(len(jobs))]
+    finally:
+        torch.set_num_threads(threads)  # what threads made later begin with

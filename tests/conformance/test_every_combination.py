@@ -12,6 +12,7 @@ from worlds import World, language
 from hocket import store
 from hocket.codecs import codec
 from hocket.methods import Local, Update, method
+from hocket.methods.splits import blocks
 from hocket.registry import fields
 from hocket.schedules import schedule
 from hocket.tree import Tree, digest, nbytes
@@ -21,6 +22,7 @@ for name, spec in METHODS.items():
     if "rank" in {f[0] for f in fields(method.get(name))}:
         spec["rank"] = 2
 METHODS["fedcybgd"] |= {"layers_per_block": 1}
+METHODS["ferret"] |= {"k": 64}
 METHODS["slora"] |= {"sparse_turns": 1}
 ARCH = {"fedpeft-bias": "gpt2"}  # where llama, which has no biases, will not do
 METHODS |= {
@@ -32,6 +34,7 @@ METHODS |= {
     for o in ("momentum", "adagrad", "adam", "yogi")
 }
 METHODS |= {
+    "ferret+fixed": {"name": "ferret", "k": 64, "seeds": "fixed", "split": "size"},
     "hetlora+plain": {"name": "hetlora", "rank": 2, "gamma": 1, "decay": 0, "norm": "none"},
     "hlora-delta+ranks": {"name": "hlora-delta", "rank": 4},
 }
@@ -228,6 +231,7 @@ FORMULA = {  # bytes of the payload a round and client, up, from each method's f
     "slora": of(A, B),  # in both stages
     "fedbcd": of(""),  # two layers, two layers per block: the one block is the whole view
     "fedcybgd": lambda v, turn: nbytes(v) // 2,
+    "ferret": lambda v, turn: 4 * 64 + 4 * len(blocks(v)) + 8,
 }
 
 
