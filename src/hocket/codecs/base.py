@@ -178,7 +178,10 @@ class Chain(Codec):
     def flops(self, name: str, x: Tensor) -> float:
         parts: Parts = {"": x.to("meta")}  # shapes are enough to know what each codec hands to the next
         total = 0.0
-        for c in self.codecs:
+        costly = [type(c).flops is not Codec.flops for c in self.codecs]
+        for i, c in enumerate(self.codecs):
+            if not any(costly[i:]):
+                break
             total += sum(c.flops(name, t) for t in parts.values())
             parts = {f"{s}.{sub}": v for s, t in parts.items() for sub, v in c.pack(name, t, {})[0].items()}
         return total
