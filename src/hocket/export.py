@@ -16,7 +16,7 @@ from hocket import models, store
 from hocket.errors import StoreError
 from hocket.methods import Method
 from hocket.methods.lora import BASE, PREFIX, A, modules
-from hocket.models import views
+from hocket.models import thresholds, views
 from hocket.models.views import View
 from hocket.recipe import Recipe
 from hocket.recipe import load as load_recipe
@@ -58,6 +58,7 @@ def export(run: Path, out: Path, merge: bool = False, client: int | None = None)
     before = view.start()
     written = any(not torch.equal(x.to(before[k]), before[k]) for k, x in result.items() if k.endswith(BASE))
     view.place(result)
+    thresholds.detach(view.model)
     if m.task == "classification":
         _name_classes(view.model.config, run)
     wrapped = method.view in ("lora", "adapter")

@@ -225,6 +225,7 @@ FORMULA = {  # bytes of the payload a round and client, up, from each method's f
     "slora": of(A, B),  # in both stages
     "fedbcd": of(""),  # two layers, two layers per block: the one block is the whole view
     "fedcybgd": lambda v, turn: nbytes(v) // 2,
+    "spafl": of(".threshold"),
     "ferret": lambda v, turn: 4 * 64 + 4 * len(blocks(v)) + 8,
 }
 

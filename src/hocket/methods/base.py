@@ -52,7 +52,7 @@ class Method:
     mu: float = Field(default=0.0, ge=0, description="FedProx's proximal coefficient; 0 switches it off")
 
     name: ClassVar[str] = ""
-    view: ClassVar[Literal["full", "blocks", "lora", "biases", "adapter"]] = "full"
+    view: ClassVar[Literal["full", "blocks", "lora", "biases", "adapter", "thresholds"]] = "full"
     """Which parameters can move at all; the rest is frozen and shared."""
 
     increments: ClassVar[bool] = True

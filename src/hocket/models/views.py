@@ -2,7 +2,8 @@
 
 `full` is everything, `blocks` the transformer layers (and, if asked, the rest one by one), `lora` the low-rank adapters
 that peft adds, `adapter` those of any other of its kinds, `biases` the biases, and with each of these three a new
-classification head. The frozen rest is one copy, shared by all simulated clients.
+classification head. `thresholds` is everything, and a number more for each output of a layer's linear modules. The
+frozen rest is one copy, shared by all simulated clients.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hocket.methods import Method
 from hocket.methods.blocks import LAYER
 from hocket.methods.fedpeft import HEAD
 from hocket.methods.lora import A
+from hocket.models import thresholds
 from hocket.tree import Tree, generator
 
 OURS = {
@@ -136,6 +138,9 @@ def make(model: Any, method: Method, task: str = "causal", seed: int = 0) -> Vie
         return _lora(model, method, task, seed)
     if method.view == "adapter":
         return _adapter(model, method, task, seed)
+    turned: frozenset[str] = frozenset()
+    if method.view == "thresholds":
+        turned = thresholds.attach(model, getattr(method, "gradient", "") == "published")
     params = dict(model.named_parameters())
     if method.view == "biases":
         return View(model, _biases(params, type(model).__name__))
@@ -145,7 +150,7 @@ def make(model: Any, method: Method, task: str = "causal", seed: int = 0) -> Vie
         params = {k: p for k, p in params.items() if LAYER.search(k)}
         if not params:
             raise RecipeError(f"method.name: '{method.name}' found no layers in {type(model).__name__}; use 'fedavg'")
-    return View(model, params)
+    return View(model, params, turned)
 
 
 def _lora(model: Any, method: Any, task: str, seed: int) -> View:
