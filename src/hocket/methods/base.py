@@ -65,6 +65,9 @@ class Method:
     personal: ClassVar[bool] = False
     """Whether every client ends with a model of its own (see `personalized`), so that the server's alone is none."""
 
+    verbatim: ClassVar[str] = ""
+    """Why what is sent down must arrive to the bit, and what to do instead of losing some; empty: it need not."""
+
     rebuilds: ClassVar[bool] = False
     """Whether clients begin every job at the start model plus what is sent, whatever they held before."""
 
