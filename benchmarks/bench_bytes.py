@@ -35,7 +35,7 @@ def main() -> None:
         m = method.build(name)
         view = views.make(skeleton(MODEL), m, "causal", 0)
         shapes = {k: tuple(p.shape) for k, p in view.params.items()}
-        local = Local(0, {k: torch.empty(0) for k in shapes}, {}, 0, 2, 0, 0, ShapeTrainer())
+        local = Local(0, {k: torch.empty(0) for k in shapes}, {}, 0, 2, 0, 0, ShapeTrainer([1]))
         only = m.trains(local)
         update = {k: torch.randn(s) for k, s in shapes.items() if only(k)}
         for codec, (number, row) in CODECS.items():

@@ -20,7 +20,7 @@ from hocket.codecs.base import Codec, Feedback, sent_raw
 from hocket.executors import Task
 from hocket.ledger import Ledger
 from hocket.methods import Local, Method, State, Update
-from hocket.methods.base import Masks, Penalty
+from hocket.methods.base import Between, Masks, Penalty
 from hocket.models import memory, views
 from hocket.models.forward import DTYPES
 from hocket.models.skeleton import skeleton
@@ -31,15 +31,26 @@ from hocket.tree import Tree
 
 
 class ShapeTrainer:
-    """Stands in for training: differences of the right shapes, and gradients that prefer no tensor."""
+    """Stands in for training: differences of the right shapes, and gradients that prefer no tensor.
+
+    Args:
+        count: optimizer steps of each client's jobs.
+    """
+
+    def __init__(self, count: Sequence[int]) -> None:
+        self.count = count
 
     def fit(
         self, local: Local, start: Tree, only: Callable[[str], bool], prox: float,
-        penalty: Penalty | None = None, masks: Masks | None = None,
+        penalty: Penalty | None = None, masks: Masks | None = None, between: Between | None = None,
     ) -> Tree:  # fmt: skip
         """Deltas of the selected tensors: without values a tensor can stand for its own difference."""
         masks = masks or {}
         return {k: v.new_empty(masks[k].shape) if k in masks else v for k, v in start.items() if only(k)}
+
+    def steps(self, local: Local) -> int:
+        """As the recipe has them."""
+        return self.count[local.client]
 
     def loss(self, params: Tree, batch: Any) -> Tensor:
         """There is nothing to evaluate in a plan."""
@@ -216,7 +227,7 @@ def _clock(recipe: Recipe, rows: Sequence[int] | None) -> tuple[dict[str, Any], 
             cell[1] += row["bytes"]
             cell[2] += row["end"] - row["start"]
 
-    noted = memory.Noted(ShapeTrainer())
+    noted = memory.Noted(ShapeTrainer(steps))
     setting = Setting(shapes, up, schedule.ahead, recipe.turns, recipe.seed, "uniform", noted, schedule.carries)
     ledger = Ledger(listener=note)
     charged = recipe.clients.catch_up == "charged"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hocket.entries import Trained
 from hocket.errors import Interrupted
 from hocket.methods import Local
-from hocket.methods.base import Masks, Penalty
+from hocket.methods.base import Between, Masks, Penalty
 from hocket.models.forward import autocast, loss_sum
 from hocket.models.memory import HALVES
 from hocket.models.meter import Meter
@@ -70,18 +70,26 @@ class TorchTrainer:
 
     def fit(
         self, local: Local, start: Tree, only: Callable[[str], bool], prox: float,
-        penalty: Penalty | None = None, masks: Masks | None = None,
+        penalty: Penalty | None = None, masks: Masks | None = None, between: Between | None = None,
     ) -> Tree:  # fmt: skip
         """Deltas of the selected tensors after this client's local steps (see `Trainer`)."""
         self.place(start)
         names = [k for k in sorted(start) if only(k)]
         trained = Trained(self.view, {k: self._loosen(k, start[k]) for k in names}, start, masks)
+        written = sorted(start.keys() - set(names)) if between else []
         try:
-            self._steps(local, trained, prox, penalty)
+            for k in written:  # in the model's precision: nothing of it trains
+                self.view.loosen(k).requires_grad_(False)
+                self._cast.pop(k, None)
+            self._steps(local, trained, prox, penalty, between)
             return trained.deltas()
         finally:
             trained.close()
-            self.place({k: start[k] for k in names})
+            self.place({k: start[k] for k in (*names, *written)})
+
+    def steps(self, local: Local) -> int:
+        """Optimizer steps of one job of this client."""
+        return self.config.steps(len(self.data[local.client]))
 
     def place(self, values: Tree) -> None:
         """Put values into the model, in the model's precision; one at a time, so that there are never two models."""
@@ -142,14 +150,17 @@ class TorchTrainer:
         local.metrics["examples"] = float(examples)
         return {k: (v / max(batches, 1)) ** 0.5 for k, v in squares.items()}
 
-    def _steps(self, local: Local, trained: Trained, prox: float, penalty: Penalty | None) -> None:
+    def _steps(
+        self, local: Local, trained: Trained, prox: float, penalty: Penalty | None, between: Between | None
+    ) -> None:
         c, device, model = self.config, self.view.device, self.view.model
-        optimizer, live = self._optimizer(local, trained), list(trained.live.values())
+        optimizer, live = self._optimizer(local, trained, between), list(trained.live.values())
         scaler = self._scaler(local)
         anchors = trained.anchors() if prox else []
         losses, skipped, examples, tokens = [], 0, 0, 0
         # the second step, when the optimizer's state is there, or the only one
-        measured = min(1, c.steps(len(self.data[local.client])) - 1) if c.measure_memory else None
+        measured = min(1, self.steps(local) - 1) if c.measure_memory else None
+        everything = {k: self.view.turned(k, self.view.params[k].data) for k in trained.start} if between else {}
         model.train()
         gpu = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(gpu):  # dropout draws from the global generator: key it, then leave it as it was
@@ -157,9 +168,12 @@ class TorchTrainer:
             for i, micro in enumerate(self._batches(local)):
                 if self.interrupted():
                     raise Interrupted
+                for k in between(i, everything) if between else ():
+                    optimizer.state.pop(trained.live[k], None)
                 meter = None
                 if i == measured:
-                    meter = Meter(model, trained.held, local.memory.values(), _held(optimizer))
+                    kept = between.held.values() if between else ()
+                    meter = Meter(model, [*trained.held, *kept], local.memory.values(), _held(optimizer))
                 with meter or nullcontext():
                     count = sum(_count(b) for b in micro)
                     value = sum(self._backward(b, count, scaler, meter) for b in micro)
@@ -214,16 +228,17 @@ class TorchTrainer:
             scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
         return scaler
 
-    def _optimizer(self, local: Local, trained: Trained) -> torch.optim.Optimizer:
+    def _optimizer(self, local: Local, trained: Trained, between: Between | None) -> torch.optim.Optimizer:
         c, live = self.config, trained.live
+        rates = between.rates if between and c.optimizer == "sgd" else {}
         lr = c.rate(local.turn, local.turns)
         fused = all(p.is_floating_point() for p in live.values()) and self.view.device.type in ("cpu", "cuda")
         optimizer: torch.optim.Optimizer
-        spared = [p for k, p in live.items() if c.decay == "matrices" and trained.dims[k] < 2]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for k, p in live.items() if c.decay == "all" or trained.dims[k] > 1]}
-        ]
-        groups += [{"params": spared, "weight_decay": 0.0}] if spared else []
+        alike: dict[tuple[float, float], list[Tensor]] = {}  # by rate and decay
+        for k, p in live.items():
+            decays = c.decay == "all" or trained.dims[k] > 1
+            alike.setdefault((lr * rates.get(k, 1.0), c.weight_decay if decays else 0.0), []).append(p)
+        groups: list[dict[str, Any]] = [{"params": ps, "lr": r, "weight_decay": d} for (r, d), ps in alike.items()]
         if c.optimizer == "adamw":
             optimizer = torch.optim.AdamW(groups, lr, betas=c.betas, weight_decay=c.weight_decay, fused=fused)
         else:

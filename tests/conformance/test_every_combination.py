@@ -152,7 +152,7 @@ def test_with_lost_clients_runs_end_and_resume_after_every_event_is_bit_identica
         assert digest(tensors) == digest(after[0])
 
 
-def still(local: Any, start: Tree, only: Any, prox: float, penalty: Any = None, masks: Any = None) -> Tree:
+def still(local: Any, start: Tree, only: Any, prox: float, penalty: Any = None, masks: Any = None, *_: Any) -> Tree:
     """A client that does not move."""
     return {k: v.new_zeros((masks or {}).get(k, v).shape) for k, v in start.items() if only(k)}
 
@@ -227,6 +227,7 @@ FORMULA = {  # bytes of the payload a round and client, up, from each method's f
     "slora": of(A, B),  # in both stages
     "fedbcd": of(""),  # two layers, two layers per block: the one block is the whole view
     "fedcybgd": lambda v, turn: nbytes(v) // 2,
+    "fedkrso": of(B),  # one interval, one subspace
     "spafl": of(".threshold"),
     "ferret": lambda v, turn: 4 * 64 + 4 * len(blocks(v)) + 8,
 }

@@ -62,7 +62,7 @@ def noting_masks(w: World) -> dict[tuple[int, int], Tree]:
     """The masks of every (client, turn) to come."""
     fit, seen = w.trainer.fit, {}
 
-    def noting(local: Local, start: Tree, only: Any, prox: float, penalty: Any = None, masks: Any = None) -> Tree:
+    def noting(local: Local, start: Tree, only: Any, prox: float, penalty: Any = None, masks: Any = None, *_: Any) -> Tree:
         delta = fit(local, start, only, prox, penalty, masks)
         seen[local.client, local.turn] = {k: (masks[k], delta[k].clone()) for k in masks or {}}
         return delta

@@ -15,12 +15,12 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from hocket.combine import finite, mean, moved
-from hocket.methods.nouns import Client, Job, Local, Masks, Penalty, Trainer, Update
+from hocket.methods.nouns import Between, Client, Job, Local, Masks, Penalty, Trainer, Update
 from hocket.registry import Registry
 from hocket.tree import Tree
 
 __all__ = [
-    "PLAIN", "Client", "Job", "Local", "Masks", "Method", "Penalty", "State", "Trainer", "Update", "method",
+    "PLAIN", "Between", "Client", "Job", "Local", "Masks", "Method", "Penalty", "State", "Trainer", "Update", "method",
 ]  # fmt: skip
 
 State = dict[str, Any]  # nested dicts of tensors and plain data; "params" holds the trainable view

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -74,14 +74,33 @@ Masks = Mapping[str, torch.Tensor]
 """For a tensor, the positions (flat, row-major, int64) of the entries that may move; the others stay bit for bit."""
 
 
+class Between(Protocol):
+    """What a method does between the optimizer steps of a job.
+
+    Attributes:
+        rates: of some tensors, factors on the rate where a step is as long as the gradient (SGD; not AdamW).
+        held: what it keeps in memory from step to step, on the CPU.
+    """
+
+    rates: Mapping[str, float]
+    held: Mapping[str, torch.Tensor]
+
+    def __call__(self, step: int, live: Tree) -> Iterable[str]:
+        """Called before each step, `step` counting from 0. `live` are all tensors of the start as they are now, out x
+        in, in memory of the job's own, to be written into. Returns those whose optimizer state begins anew."""
+
+
 class Trainer(Protocol):
     """Local optimization on one client's data; `hocket.training` has the real one."""
 
     def fit(
         self, local: Local, start: Tree, only: Callable[[str], bool], prox: float,
-        penalty: Penalty | None = None, masks: Masks | None = None,
+        penalty: Penalty | None = None, masks: Masks | None = None, between: Between | None = None,
     ) -> Tree:  # fmt: skip
         """Deltas (end - start) of the tensors in `start` that `only` selects, after this client's local steps."""
+
+    def steps(self, local: Local) -> int:
+        """Optimizer steps of one job of this client."""
 
     def loss(self, params: Tree, batch: Any) -> torch.Tensor:
         """Loss of the model with `params` in place; no gradient."""
@@ -122,6 +141,7 @@ class Local:
         prox: float = 0.0,
         penalty: Penalty | None = None,
         masks: Masks | None = None,
+        between: Between | None = None,
     ) -> Tree:
         """Train the tensors of `params` that `only` selects for this client's local steps; returns their deltas.
 
@@ -129,8 +149,9 @@ class Local:
             prox: coefficient of the proximal term mu/2 |w - w_start|^2.
             penalty: added to the loss of every optimizer step.
             masks: of these tensors only some entries move; their delta is the vector of these entries' differences.
+            between: called before every optimizer step; may write into all of `params`, of which the job has a copy.
         """
-        return self.trainer.fit(self, params, only, prox, penalty, masks)
+        return self.trainer.fit(self, params, only, prox, penalty, masks, between)
 
     def loss(self, params: Tree, batch: Any) -> torch.Tensor:
         """Forward only: the loss of `batch` with `params` in place."""

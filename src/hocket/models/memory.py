@@ -18,11 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from hocket.methods import Local
-from hocket.methods.base import Masks, Penalty
+from hocket.methods.base import Between, Masks, Penalty
 from hocket.methods.blocks import LAYER
 from hocket.models.forward import autocast
 from hocket.models.views import View
-from hocket.tree import Tree
+from hocket.tree import Tree, nbytes
 
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Precisions in which nothing can be trained: small steps would be rounded away. What trains is lifted to fp32."""
@@ -34,8 +34,8 @@ class Memory:
 
     Attributes:
         weights: the whole model, what trains in fp32 at least.
-        trained: start values of what trains, kept for the difference. With a GPU they lie in the host's memory, as do
-            `in_flight` and `kept`, and all three are 0 here.
+        trained: start values of what trains, kept for the difference, and what a method keeps from step to step. With
+            a GPU they lie in the host's memory, as do `in_flight` and `kept`, and all three are 0 here.
         gradients, optimizer: of what trains.
         in_flight: own updates that the client remembers under overlap.
         kept: other private tensors from job to job: error feedback, kept optimizer state.
@@ -110,11 +110,13 @@ class Step:
 
 
 class Fitted(NamedTuple):
-    """What one job trains: names of tensors; whether all of it moves at once; of some, how many entries move."""
+    """What one job trains: names of tensors; whether all of it moves at once; of some, how many entries move; and the
+    bytes of what its method keeps from step to step."""
 
     names: tuple[str, ...]
     at_once: bool = True
     entries: tuple[tuple[str, int], ...] = ()
+    beside: int = 0
 
 
 @dataclass
@@ -130,13 +132,14 @@ class Noted:
 
     def fit(
         self, local: Local, start: Tree, only: Callable[[str], bool], prox: float,
-        penalty: Penalty | None = None, masks: Masks | None = None,
+        penalty: Penalty | None = None, masks: Masks | None = None, between: Between | None = None,
     ) -> Tree:  # fmt: skip
         """Note the selected tensors."""
         names = tuple(k for k in sorted(start) if only(k))
         entries = tuple((k, masks[k].numel()) for k in names if k in masks) if masks else ()
-        self.jobs.setdefault(local.client, []).append(Fitted(names, True, entries))
-        return self.inner.fit(local, start, only, prox, penalty, masks)
+        beside = nbytes(between.held) if between else 0
+        self.jobs.setdefault(local.client, []).append(Fitted(names, True, entries, beside))
+        return self.inner.fit(local, start, only, prox, penalty, masks, between)
 
     def gradient_norms(self, local: Local, start: Tree) -> dict[str, float]:
         """Note all tensors: each has a gradient, one at a time, and none moves."""
@@ -166,11 +169,11 @@ def needs(
     distinct = {job for done in jobs.values() for job in done}
     size = {job: sum(_moving(view, job).values()) for job in distinct}
     # jobs in layers that are of one size differ only in how deep the backward pass goes: trace the deepest, for all
-    key = {j: (size[j], j.at_once, j.names if _lowest(j.names) < 0 else (), j.entries) for j in distinct}
+    key = {j: (size[j], j.at_once, j.names if _lowest(j.names) < 0 else (), *j[2:]) for j in distinct}
     deepest: dict[Any, Fitted] = {}
     for job in sorted(distinct, key=lambda j: (_lowest(j.names), j)):
         deepest.setdefault(key[job], job)
-    one = {k: estimate(view, job.names, step, job.at_once, dict(job.entries)) for k, job in deepest.items()}
+    one = {k: estimate(view, job.names, step, job.at_once, dict(job.entries), job.beside) for k, job in deepest.items()}
     idle, out = Memory(_bytes(view)), {}
     for client, done in jobs.items():
         seen: dict[str, int] = {}
@@ -178,7 +181,7 @@ def needs(
         for i, job in enumerate(done):
             need = one[key[job]]
             private = sum(seen.values()) * (feedback + keep * step.slots)
-            flying = sum(size[j] for j in done[max(0, i - ahead) : i] if j.at_once)
+            flying = sum(size[j] + j.beside for j in done[max(0, i - ahead) : i] if j.at_once)
             if not step.gpu:
                 need = Memory(**{**asdict(need), "in_flight": flying, "kept": private})
             most = max(most, need, key=lambda m: m.total)
@@ -189,13 +192,15 @@ def needs(
 
 
 def estimate(
-    view: View, names: Iterable[str], step: Step, at_once: bool = True, entries: Mapping[str, int] | None = None
-) -> Memory:
+    view: View, names: Iterable[str], step: Step, at_once: bool = True, entries: Mapping[str, int] | None = None,
+    beside: int = 0,
+) -> Memory:  # fmt: skip
     """Memory of a step that trains the tensors of `names`, without private tensors.
 
     Args:
         at_once: false if each gradient is freed as soon as it is there, and nothing moves.
         entries: of these tensors only so many entries move.
+        beside: bytes that the method keeps from step to step.
     """
     names, entries = [k for k in names if k in view.params], entries or {}
     n = _bytes(view, names)
@@ -209,7 +214,7 @@ def estimate(
     dense = max((_bytes(view, [k]) for k in entries), default=0)  # one gradient at a time, until its entries are taken
     vectors = sum(entries.values())  # of 4 bytes: the values, those they started from, and positions of 8
     return Memory(
-        _bytes(view) - low + n + vectors * 12, 0 if step.gpu else n + vectors * 4, moving,
+        _bytes(view) - low + n + vectors * 12, 0 if step.gpu else n + vectors * 4 + beside, moving,
         moving * step.slots + counters, activations=kept, logits=max(logits, dense),
     )  # fmt: skip
 

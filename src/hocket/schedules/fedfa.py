@@ -95,8 +95,10 @@ class FedFa(Async):
         return {server.method.prelude} if short else set()
 
     def _tree(self, server: Server, update: Update) -> Mapping[str, Tensor]:
-        method = server.method  # a window of tensors: what can be read only as a whole is its effect
-        return method.effect(update.payload) if self.anchored or method.anchored else update.payload
+        method, sent = server.method, update.payload
+        # a window of tensors: what can be read only as a whole, or is of no tensor of the model, is its effect
+        whole = self.anchored or method.anchored or any(k not in server.state["params"] for k in sent)
+        return method.effect(sent) if whole else sent
 
     def _window(self, server: Server, batch: list[Update]) -> list[tuple[Update, list[str]]]:
         """Updates with those of their tensors of which they are among the last `window`, oldest first."""
