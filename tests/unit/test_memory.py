@@ -12,7 +12,7 @@ import torch
 from worlds import collate, tokens
 
 from hocket import recipe, report, run
-from hocket.methods import Local, method
+from hocket.methods import Client, Local, method
 from hocket.models import memory
 from hocket.models.tiny import tiny
 from hocket.models.views import make
@@ -30,20 +30,23 @@ CASES = [
 
 
 def both(
-    meth: Any, arch: str = "llama", dtype: torch.dtype = torch.float32, turns: int = 1, **training: Any
-) -> tuple[memory.Memory, dict[str, float]]:
-    """Planned, and measured, of the job of the last of `turns`."""
+    meth: Any, arch: str = "llama", dtype: torch.dtype = torch.float32, turns: int = 1, rank: int | None = None,
+    **training: Any,
+) -> tuple[memory.Memory, dict[str, float]]:  # fmt: skip
+    """Planned, and measured, of the job of the last of `turns` of a client, with a rank of its own or none."""
     arch = "gpt2" if meth == "fedpeft-bias" else arch  # llama has no biases
     model, _ = tiny(arch, vocab=64, layers=4, width=64)
     m = method.build(meth)
     view = make(model.to(dtype), m, "causal", 3)
     config = Training.model_validate({"batch_size": ROWS, "local_steps": 2, "measure_memory": True, **training})
     trainer = TorchTrainer(view, [tokens(0, 6, length=LENGTH)], collate, config)
-    start = m.init(trainer.start(), 1)["params"]
+    state = m.init(trainer.start(), 1)
+    client = Client(0, 1, {"rank": rank} if rank else {})
+    start = m.send(state, client, 0) if rank else state["params"]
     noted = memory.Noted(trainer)
     private: dict[str, torch.Tensor] = {}
     for turn in range(turns):
-        local = Local(0, start, private, turn, turns, turn, 1, noted)
+        local = Local(0, start, private, turn, turns, turn, 1, noted, client.traits)
         m.train(local, start)
     step = memory.Step(ROWS, LENGTH, config.slots, config.precision)
     jobs = {0: noted.jobs[0][-1:]}
@@ -61,6 +64,27 @@ def test_planned_is_measured_for_every_method(meth: Any) -> None:
     assert planned.table["after_forward"] == pytest.approx(measured["after_forward"], rel=0.1)
     slack = 1.05 if meth == "fedpeft-bias" else 1.0  # on gpt2, whose activation function has passing tensors of its own
     assert measured["peak"] < slack * planned.total < 1.35 * measured["peak"]
+
+
+@pytest.mark.parametrize("meth", ["hlora", "hetlora", "fedsvd", "flora"])
+def test_planned_is_measured_for_clients_of_their_own_ranks(meth: str) -> None:
+    spec = {"name": meth, "rank": 32}
+    planned, measured = both(spec, rank=2)
+    for part in ("parameters", "gradients", "optimizer", "after_start", "after_backward", "after_step"):
+        assert planned.table[part] == pytest.approx(measured[part], rel=0.01), part
+    assert planned.activations == pytest.approx(measured["activations"], rel=0.15)
+    assert measured["peak"] < planned.total < 1.35 * measured["peak"]
+    full, _ = both(spec)
+    assert planned.gradients < full.gradients / 8
+    assert planned.weights < full.weights
+    assert planned.activations < full.activations
+
+
+def test_a_plan_tells_clients_of_small_ranks_from_those_of_large_ones(small: dict[str, Any]) -> None:
+    clients = {"count": 3, "ranks": [2, 4, 64]}
+    more = {"method": {"name": "hlora", "rank": 64}, "schedule": "sync", "clients": clients}
+    totals = sorted(c["memory"].total for c in plan(recipe.parse(small | more))["clients"])
+    assert totals[0] < totals[1] < totals[2]
 
 
 @pytest.mark.parametrize(

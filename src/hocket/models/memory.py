@@ -1,5 +1,7 @@
 """What a client's machine must hold while it trains, planned from shapes alone. `meter` measures the same parts.
 
+A client whose adapters have a rank of its own is counted with its own factors, in the trace of activations too.
+
 Weights, gradients and optimizer state are counted as the trainer allocates them. Activations are what one forward pass
 keeps for the backward pass, found by running the model's own code on tensors without memory, all rows full; the kernels
 of another machine may keep a little more or less.
@@ -20,10 +22,13 @@ from torch.func import functional_call
 from hocket.methods import Local
 from hocket.methods.base import Between, Masks, Penalty
 from hocket.methods.blocks import LAYER
+from hocket.methods.lora import A, B
 from hocket.models.forward import autocast
 from hocket.models.views import View
 from hocket.tree import Tree, nbytes
 
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+"""Of some tensors, by name."""
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Precisions in which nothing can be trained: small steps would be rounded away. What trains is lifted to fp32."""
 
@@ -110,13 +115,14 @@ class Step:
 
 
 class Fitted(NamedTuple):
-    """What one job trains: names of tensors; whether all of it moves at once; of some, how many entries move; and the
-    bytes of what its method keeps from step to step."""
+    """What one job trains: names of tensors; whether all of it moves at once; of some, how many entries move; the
+    bytes of what its method keeps from step to step; and the shapes of adapters' factors, the client's own."""
 
     names: tuple[str, ...]
     at_once: bool = True
     entries: tuple[tuple[str, int], ...] = ()
     beside: int = 0
+    factors: Shapes = ()
 
 
 @dataclass
@@ -138,7 +144,8 @@ class Noted:
         names = tuple(k for k in sorted(start) if only(k))
         entries = tuple((k, masks[k].numel()) for k in names if k in masks) if masks else ()
         beside = nbytes(between.held) if between else 0
-        self.jobs.setdefault(local.client, []).append(Fitted(names, True, entries, beside))
+        factors = tuple((k, tuple(v.shape)) for k, v in sorted(start.items()) if k.endswith((A, B)))
+        self.jobs.setdefault(local.client, []).append(Fitted(names, True, entries, beside, factors))
         return self.inner.fit(local, start, only, prox, penalty, masks, between)
 
     def gradient_norms(self, local: Local, start: Tree) -> dict[str, float]:
@@ -173,68 +180,60 @@ def needs(
     deepest: dict[Any, Fitted] = {}
     for job in sorted(distinct, key=lambda j: (_lowest(j.names), j)):
         deepest.setdefault(key[job], job)
-    one = {k: estimate(view, job.names, step, job.at_once, dict(job.entries), job.beside) for k, job in deepest.items()}
-    idle, out = Memory(_bytes(view)), {}
+    one = {k: estimate(view, job, step) for k, job in deepest.items()}
+    idle, out = Memory(_whole(view, Fitted(()))), {}
     for client, done in jobs.items():
         seen: dict[str, int] = {}
-        most = idle
+        found = []
         for i, job in enumerate(done):
             need = one[key[job]]
             private = sum(seen.values()) * (feedback + keep * step.slots)
             flying = sum(size[j] + j.beside for j in done[max(0, i - ahead) : i] if j.at_once)
             if not step.gpu:
                 need = Memory(**{**asdict(need), "in_flight": flying, "kept": private})
-            most = max(most, need, key=lambda m: m.total)
+            found.append(need)
             if (feedback or keep) and job.at_once:
                 seen |= _moving(view, job)
-        out[client] = most
+        out[client] = max(found, key=lambda m: m.total, default=idle)
     return out
 
 
-def estimate(
-    view: View, names: Iterable[str], step: Step, at_once: bool = True, entries: Mapping[str, int] | None = None,
-    beside: int = 0,
-) -> Memory:  # fmt: skip
-    """Memory of a step that trains the tensors of `names`, without private tensors.
-
-    Args:
-        at_once: false if each gradient is freed as soon as it is there, and nothing moves.
-        entries: of these tensors only so many entries move.
-        beside: bytes that the method keeps from step to step.
-    """
-    names, entries = [k for k in names if k in view.params], entries or {}
-    n = _bytes(view, names)
-    kept, logits = activations(view, names, step)
-    if not at_once:
-        largest = max((_bytes(view, [k]) for k in names), default=0)
-        return Memory(_bytes(view), gradients=largest, activations=kept, logits=logits)
-    low = sum(p.numel() * p.element_size() for k, p in view.params.items() if k in set(names))
-    counters = 4 * len(names) if step.slots == 2 else 0  # AdamW counts each tensor's steps
-    moving = sum(_moving(view, Fitted(tuple(names), True, tuple(entries.items()))).values())
-    dense = max((_bytes(view, [k]) for k in entries), default=0)  # one gradient at a time, until its entries are taken
+def estimate(view: View, job: Fitted, step: Step) -> Memory:
+    """Memory of a step of this job, without private tensors."""
+    size, entries, beside = _sizes(view, job), dict(job.entries), job.beside
+    n, whole = sum(size.values()), _whole(view, job)
+    kept, logits = activations(view, size, step, job.factors)
+    if not job.at_once:
+        return Memory(whole, gradients=max(size.values(), default=0), activations=kept, logits=logits)
+    low = sum(_low(view, job).values())
+    counters = 4 * len(size) if step.slots == 2 else 0  # AdamW counts each tensor's steps
+    moving = sum(_moving(view, job).values())
+    dense = max((size[k] for k in entries), default=0)  # one gradient at a time, until its entries are taken
     vectors = sum(entries.values())  # of 4 bytes: the values, those they started from, and positions of 8
     return Memory(
-        _bytes(view) - low + n + vectors * 12, 0 if step.gpu else n + vectors * 4 + beside, moving,
+        whole - low + n + vectors * 12, 0 if step.gpu else n + vectors * 4 + beside, moving,
         moving * step.slots + counters, activations=kept, logits=max(logits, dense),
     )  # fmt: skip
 
 
-def activations(view: View, names: Iterable[str], step: Step) -> tuple[int, int]:
-    """Bytes that a forward pass keeps for the backward pass of the tensors of `names`, and of the logits' gradients."""
+def activations(view: View, names: Iterable[str], step: Step, factors: Shapes = ()) -> tuple[int, int]:
+    """Bytes that a forward pass keeps for the backward pass of the tensors of `names`, and of the logits' gradients.
+    `factors` have these shapes in it."""
     model, chosen = view.model, {id(view.params[k]) for k in names}
+    shapes = {id(view.params[k]): shape for k, shape in factors if k in view.params}
     if not chosen:
         return 0, 0
     config, training = model.config, model.training
     if getattr(config, "pad_token_id", 0) is None:
         config.pad_token_id = 0  # a bare configuration; classification asks for it
     try:
-        plain = _trace(model.train(), chosen, step)
+        plain = _trace(model.train(), chosen, step, shapes)
         if not step.checkpointing:
             return plain
         # renamed in later releases of transformers
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-        kept, logits = _trace(model, chosen, step)
+        kept, logits = _trace(model, chosen, step, shapes)
         return kept + plain[0] // max(getattr(config, "num_hidden_layers", 1), 1), logits  # one layer is there again
     except Exception:  # code that looks at values cannot be traced: per token and layer, 12 hidden and 3 inner vectors
         hidden, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
@@ -245,7 +244,7 @@ def activations(view: View, names: Iterable[str], step: Step) -> tuple[int, int]
         model.train(training)
 
 
-def _trace(model: Any, chosen: set[int], step: Step) -> tuple[int, int]:
+def _trace(model: Any, chosen: set[int], step: Step, shapes: Mapping[int, tuple[int, ...]]) -> tuple[int, int]:
     """Run the model on fake tensors and add up what autograd saves, each storage once, parameters left out."""
     dtypes = {p.dtype for p in model.parameters()}
     precision = step.precision if step.precision != "fp32" else next((HALVES[d] for d in dtypes if d in HALVES), "fp32")
@@ -254,7 +253,9 @@ def _trace(model: Any, chosen: set[int], step: Step) -> tuple[int, int]:
         values: dict[str, Tensor] = {k: torch.empty(b.shape, dtype=b.dtype) for k, b in model.named_buffers()}
         for k, p in model.named_parameters():
             dtype = torch.float32 if id(p) in chosen and p.dtype in HALVES else p.dtype
-            values[k] = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=id(p) in chosen)
+            values[k] = nn.Parameter(
+                torch.empty(shapes.get(id(p), p.shape), dtype=dtype), requires_grad=id(p) in chosen
+            )
         own = {v.untyped_storage()._cdata for v in values.values()}
 
         def pack(t: Tensor) -> Tensor:
@@ -275,18 +276,29 @@ def _trace(model: Any, chosen: set[int], step: Step) -> tuple[int, int]:
         return sum(n for _, n in saved.values()), 2 * flat.numel() * flat.element_size()
 
 
-def _bytes(view: View, names: Iterable[str] | None = None) -> int:
-    """Of the model as it is, or of some tensors of the view as they are trained."""
-    if names is None:
-        return sum(p.numel() * p.element_size() for p in view.model.parameters())
-    chosen = (view.params[k] for k in names if k in view.params)
-    return sum(p.numel() * (4 if p.dtype in HALVES else p.element_size()) for p in chosen)
+def _whole(view: View, job: Fitted) -> int:
+    """Bytes of the model as it is, with the job's factors in place."""
+    held = sum(p.numel() * p.element_size() for p in view.model.parameters())
+    own = job._replace(names=tuple(k for k, _ in job.factors))
+    return held + sum(n - view.params[k].numel() * view.params[k].element_size() for k, n in _low(view, own).items())
+
+
+def _low(view: View, job: Fitted) -> dict[str, int]:
+    """Bytes of each tensor in the model's precision."""
+    own, params = dict(job.factors), view.params
+    count = {k: math.prod(own[k]) if k in own else params[k].numel() for k in job.names if k in params}
+    return {k: n * params[k].element_size() for k, n in count.items()}
+
+
+def _sizes(view: View, job: Fitted) -> dict[str, int]:
+    """Bytes of each tensor as it is trained."""
+    dtype = {k: view.params[k].dtype for k in job.names if k in view.params}
+    return {k: n * (2 if dtype[k] in HALVES else 1) for k, n in _low(view, job).items()}
 
 
 def _moving(view: View, job: Fitted) -> dict[str, int]:
     """Bytes of what moves of each tensor."""
-    entries = dict(job.entries)
-    return {k: 4 * entries[k] if k in entries else _bytes(view, [k]) for k in job.names if k in view.params}
+    return _sizes(view, job) | {k: 4 * n for k, n in job.entries if k in view.params}
 
 
 def _lowest(names: Iterable[str]) -> float:

@@ -18,9 +18,12 @@ PHASE = "hocket.phase."
 
 
 def size(tensors: Iterable[Any]) -> float:
-    """Bytes of the distinct storages of tensors; what is no tensor is passed over."""
-    storages = [t.untyped_storage() for t in tensors if isinstance(t, Tensor)]
-    return float(sum({s.data_ptr(): s.nbytes() for s in storages}.values()))
+    """Bytes of distinct tensors, of a cut only its own; what is no tensor is passed over."""
+    sizes: dict[int, int] = {}
+    for t in tensors:
+        if isinstance(t, Tensor):
+            sizes[t.data_ptr()] = max(sizes.get(t.data_ptr(), 0), min(t.nbytes, t.untyped_storage().nbytes()))
+    return float(sum(sizes.values()))
 
 
 class Meter:
