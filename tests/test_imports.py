@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1] / "src" / "hocket"
 CORE = {
     "errors", "tree", "wire", "registry", "combine", "codecs", "methods", "schedules", "server", "client", "clock", "store",
-    "ledger", "products", "draws", "executors", "flight", "downlink", "evaluations", "simulate",
+    "ledger", "products", "draws", "directions", "executors", "flight", "downlink", "evaluations", "simulate",
 }  # fmt: skip
 HEAVY = {"transformers", "peft", "datasets", "sklearn", "plotly", "rich", "typer", "flwr_datasets", "tensorboard"}
 

@@ -169,7 +169,8 @@ class Differences(Downlink):
         moved = {k: base[k] + found[k] if want[k].is_floating_point() else found[k] for k in names} | whole
         size = self.codec.size(news) if planned else len(blob)
         size += wire.size(whole) if whole else 0
-        return {k: moved[k] if k in moved else base[k] for k in sorted({*base, *moved})}, size
+        held = method.load({k: base[k] for k in base}, moved)
+        return {k: held[k] for k in sorted(held)}, size
 
     def _keep(self, job: Job, view: Tree, server: Server) -> str:
         """Put what the client will hold where its next difference is taken from; forget what none can be taken to."""

@@ -7,7 +7,8 @@ sizes are exact for codecs whose size does not depend on values (all but those t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from hocket.executors import Task
 from hocket.ledger import Ledger
 from hocket.methods import Local, Method, State, Update
 from hocket.methods.base import Between, Masks, Penalty
+from hocket.methods.nouns import Point
 from hocket.models import memory, views
 from hocket.models.forward import DTYPES
 from hocket.models.skeleton import skeleton
@@ -51,6 +53,11 @@ class ShapeTrainer:
     def steps(self, local: Local) -> int:
         """As the recipe has them."""
         return self.count[local.client]
+
+    def walk(self, local: Local, start: Tree, only: Callable[[str], bool]) -> Iterator[Point]:
+        """As many points as there are steps, all alike."""
+        flat = Point({k: v for k, v in start.items() if only(k)}, lambda: 0.0, lambda stacks: [0.0, 0.0], 1.0)
+        return itertools.repeat(flat, self.steps(local))
 
     def loss(self, params: Tree, batch: Any) -> Tensor:
         """There is nothing to evaluate in a plan."""

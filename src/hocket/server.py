@@ -186,9 +186,8 @@ class Server:
         return self.schedule.anchored or self.method.anchored
 
     def _read(self, update: Update) -> Update:
-        if not self.method.anchored:
-            return update
-        return replace(update, payload=self.method.accept(self.versions[update.version], update.payload))
+        then = self.versions[update.version] if self.method.anchored else self.state["params"]
+        return replace(update, payload=self.method.accept(then, update.payload))
 
     def joined(self, client: int) -> None:
         """The client can be asked from now on."""

@@ -19,12 +19,15 @@ from hocket.entries import Trained
 from hocket.errors import Interrupted
 from hocket.methods import Local
 from hocket.methods.base import Between, Masks, Penalty
+from hocket.methods.nouns import Point
 from hocket.models.forward import autocast, loss_sum
 from hocket.models.memory import HALVES
 from hocket.models.meter import Meter
 from hocket.models.views import View
 from hocket.sections import Training
 from hocket.tree import Tree, generator
+from hocket.walking import counted as _count
+from hocket.walking import walk
 
 Batch = Mapping[str, Tensor]
 
@@ -90,6 +93,10 @@ class TorchTrainer:
     def steps(self, local: Local) -> int:
         """Optimizer steps of one job of this client."""
         return self.config.steps(len(self.data[local.client]))
+
+    def walk(self, local: Local, start: Tree, only: Callable[[str], bool]) -> Iterator[Point]:
+        """This client's local steps without gradients (see `Trainer`)."""
+        return walk(self, local, start, only)
 
     def place(self, values: Tree) -> None:
         """Put values into the model, in the model's precision; one at a time, so that there are never two models."""
@@ -268,12 +275,6 @@ class TorchTrainer:
 
     def _to_device(self, batch: Batch) -> Batch:
         return {k: v.to(self.view.device, non_blocking=True) for k, v in batch.items()}
-
-
-def _count(batch: Batch) -> int:
-    """What the loss of a batch sums over: label tokens, or rows."""
-    labels = batch["labels"]
-    return len(labels) if labels.ndim == 1 else int((labels[:, 1:] != -100).sum())
 
 
 def _held(optimizer: torch.optim.Optimizer) -> list[Any]:

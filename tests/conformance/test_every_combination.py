@@ -12,6 +12,7 @@ from worlds import World, language
 from hocket import store
 from hocket.codecs import codec
 from hocket.methods import Local, Update, method
+from hocket.methods.nouns import Point
 from hocket.methods.splits import blocks
 from hocket.registry import fields
 from hocket.schedules import schedule
@@ -24,6 +25,8 @@ for name, spec in METHODS.items():
 METHODS["fedcybgd"] |= {"layers_per_block": 1}
 METHODS["ferret"] |= {"k": 64}
 METHODS["slora"] |= {"sparse_turns": 1}
+METHODS["fedkseed"] |= {"directions": 64}
+METHODS["fedkseed-pro"] |= {"directions": 64}
 ARCH = {"fedpeft-bias": "gpt2"}  # where llama, which has no biases, will not do
 METHODS |= {
     "fedbcd+gradient": {"name": "fedbcd", "layers_per_block": 1, "order": "gradient"},
@@ -157,10 +160,15 @@ def still(local: Any, start: Tree, only: Any, prox: float, penalty: Any = None, 
     return {k: v.new_zeros((masks or {}).get(k, v).shape) for k, v in start.items() if only(k)}
 
 
+def flat(local: Any, start: Tree, only: Any) -> Any:
+    """A client whose losses do not depend on the model."""
+    yield Point({k: v.clone() for k, v in start.items() if only(k)}, lambda: 1.0, lambda stacks: [1.0, 1.0], 0.1)
+
+
 @pytest.mark.parametrize("meth", METHODS)
 def test_a_zero_step_client_changes_nothing(meth: str) -> None:
     w = world(meth, "sync")
-    w.trainer.fit = still
+    w.trainer.fit, w.trainer.walk = still, flat
     before = digest(w.final)
     w.simulation.run()
     assert digest(w.final) == before
@@ -227,9 +235,10 @@ FORMULA = {  # bytes of the payload a round and client, up, from each method's f
     "slora": of(A, B),  # in both stages
     "fedbcd": of(""),  # two layers, two layers per block: the one block is the whole view
     "fedcybgd": lambda v, turn: nbytes(v) // 2,
-    "fedkrso": of(B),  # one interval, one subspace
     "spafl": of(".threshold"),
+    **{name: lambda v, turn: 6 * 1 + 4 for name in ("fedkseed", "fedkseed-pro")},  # one step, and the rate
     "ferret": lambda v, turn: 4 * 64 + 4 * len(blocks(v)) + 8,
+    "fedkrso": of(B),  # one interval, one subspace
 }
 
 

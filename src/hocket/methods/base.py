@@ -134,8 +134,8 @@ class Method:
         return local.fit(start, self.trains(local), self.mu)
 
     def accept(self, then: Tree, payload: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """What `step` is given of an upload, once `check` has passed it; `then` are the state's "params" in the version
-        that its job started from. Called if `anchored`."""
+        """What the server makes of an upload once `check` has passed it; `then` are the state's "params", if `anchored`
+        those of the version that its job started from."""
         return payload
 
     def model(self, params: Tree) -> Mapping[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -90,6 +90,25 @@ class Between(Protocol):
         in, in memory of the job's own, to be written into. Returns those whose optimizer state begins anew."""
 
 
+@dataclass
+class Point:
+    """Where a walk without gradients is before one of its steps.
+
+    Attributes:
+        live: the tensors that move, in the model, in memory of the job's own; the method writes into them.
+        loss: mean loss of the step's batches with the model as it is.
+        losses: of several models at once, given tensors stacked in a new first dimension.
+        rate: the local rate.
+        used: what the method makes false if it drops the step, which then counts for nothing.
+    """
+
+    live: Tree
+    loss: Callable[[], float]
+    losses: Callable[[Tree], list[float]]
+    rate: float
+    used: bool = True
+
+
 class Trainer(Protocol):
     """Local optimization on one client's data; `hocket.training` has the real one."""
 
@@ -101,6 +120,10 @@ class Trainer(Protocol):
 
     def steps(self, local: Local) -> int:
         """Optimizer steps of one job of this client."""
+
+    def walk(self, local: Local, start: Tree, only: Callable[[str], bool]) -> Iterator[Point]:
+        """This client's local steps without gradients, dropout off. Those tensors of `start` that `only` selects are
+        the method's to move, and are `start`'s again at the end."""
 
     def loss(self, params: Tree, batch: Any) -> torch.Tensor:
         """Loss of the model with `params` in place; no gradient."""
@@ -152,6 +175,10 @@ class Local:
             between: called before every optimizer step; may write into all of `params`, of which the job has a copy.
         """
         return self.trainer.fit(self, params, only, prox, penalty, masks, between)
+
+    def walk(self, params: Tree, only: Callable[[str], bool] = lambda name: True) -> Iterator[Point]:
+        """Go through this client's local steps without gradients, from `params`; see `Point`."""
+        return self.trainer.walk(self, params, only)
 
     def loss(self, params: Tree, batch: Any) -> torch.Tensor:
         """Forward only: the loss of `batch` with `params` in place."""
