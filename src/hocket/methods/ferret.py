@@ -129,20 +129,27 @@ class Ferret(Replay):
     def _project(self, seed: int, block: Tree, count: int) -> Tensor:
         """gamma of one block; the work of this is making V."""
         size, dtype = _size(block), torch.float64 if self.solve else _wide(block)
-        out = torch.zeros(count, dtype=dtype)
-        gram = torch.zeros(count, count, dtype=dtype) if self.solve else None
-        for name in sorted(block) if count else ():
-            x = block[name].detach().cpu().reshape(-1).to(dtype)
-            for place, v in tiles(seed, name, x.numel(), count, size**-0.5):
-                v = v.to(dtype)
-                out.addmv_(v, x[place])
-                if gram is not None:
-                    gram.addmm_(v, v.T)
-        if gram is not None:
-            exact, singular = torch.linalg.solve_ex(gram, out)
-            return torch.linalg.pinv(gram, hermitian=True) @ out if singular else exact
-        rho = draws.variance(size**-0.5) if self.scale == "unbiased" else 1 / size
-        return out / (rho * max(count, 1))
+        delta = {k: block[k].detach().cpu().reshape(-1).to(dtype) for k in sorted(block)}
+
+        def onto(gram: Tensor | None = None, gamma: Tensor | None = None) -> Tensor:
+            """V^T (Delta - V gamma); V^T V is added to `gram`."""
+            out = torch.zeros(count, dtype=dtype)
+            for name, x in delta.items() if count else ():
+                for place, v in tiles(seed, name, x.numel(), count, size**-0.5):
+                    v = v.to(dtype)
+                    out.addmv_(v, x[place] if gamma is None else torch.addmv(x[place], v.T, gamma, alpha=-1))
+                    if gram is not None:
+                        gram.addmm_(v, v.T)
+            return out
+
+        if not self.solve:
+            rho = draws.variance(size**-0.5) if self.scale == "unbiased" else 1 / size
+            return onto() / (rho * max(count, 1))
+        gram = torch.zeros(count, count, dtype=dtype)
+        gamma = _solved(gram, onto(gram))
+        if 2 * count > size:  # V is nearly square, and V^T V has the square of its condition
+            gamma += _solved(gram, onto(gamma=gamma))
+        return gamma
 
     def accept(self, then: Tree, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return Sent(payload, then) if GAMMA in payload else payload
@@ -257,6 +264,11 @@ def _made(name: str, like: Tensor, size: int, terms: Sequence[Term]) -> Tensor:
         for place, v in tiles(seed, name, like.numel(), len(gamma), size**-0.5):
             out[place].addmv_(v.to(out.dtype).T, gamma)
     return out.view(like.shape)
+
+
+def _solved(gram: Tensor, x: Tensor) -> Tensor:
+    found, singular = torch.linalg.solve_ex(gram, x)
+    return torch.linalg.pinv(gram, hermitian=True) @ x if singular else found
 
 
 def _size(tree: Mapping[str, Tensor]) -> int:
