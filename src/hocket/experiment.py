@@ -73,7 +73,7 @@ class Experiment:
             gradient_checkpointing=m.gradient_checkpointing, seed=recipe.seed,
         )  # fmt: skip
         self.tokenizer = loaded.tokenizer
-        self.view = views.make(loaded.model, self.method, m.task, recipe.seed)
+        self.view = views.make(loaded.model, self.method, m.task, recipe.seed, m.freeze)
         if m.adapter:
             adapters.place(self.view, self.method, m.adapter)
         self.data = prepare(recipe, self.tokenizer)

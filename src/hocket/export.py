@@ -51,7 +51,7 @@ def export(run: Path, out: Path, merge: bool = False, client: int | None = None)
         result = method.personalized(result, _memory(recipe, method, saved["engine"], spool, client))
     if method.view == "lora":
         method = _fitted(method, result)
-    view = views.make(loaded.model, method, m.task, recipe.seed)
+    view = views.make(loaded.model, method, m.task, recipe.seed, m.freeze)
     if missing := sorted(set(view.params) ^ set(result)):
         raise StoreError(f"run and model differ in tensors, for example '{missing[0]}'; was the model changed?")
     # a base that was written into cannot be told by an adapter

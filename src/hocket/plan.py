@@ -216,7 +216,7 @@ def _clock(recipe: Recipe, rows: Sequence[int] | None) -> tuple[dict[str, Any], 
     down: Any = ShapeCodec(recipe.build_codec("down"))
     m = recipe.model
     model = skeleton(m.source, task=m.task, num_labels=m.num_labels, dtype=DTYPES[m.dtype])
-    view = views.make(model, method, recipe.model.task, recipe.seed)
+    view = views.make(model, method, recipe.model.task, recipe.seed, recipe.model.freeze)
     blank = lambda p: torch.empty_like(p, device="meta", dtype=torch.float32)  # noqa: E731
     start = {k: view.turned(k, blank(view.params[k])) for k in sorted(view.params)}
     shapes: Any = ShapeMethod(method)

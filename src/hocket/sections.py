@@ -37,6 +37,10 @@ class ModelSection(Section):
     ] = None
     task: Literal["causal", "classification"] = Field("causal", description="next token, or one label a row")
     num_labels: int = Field(2, ge=2, description="labels of a classification head")
+    freeze: list[str] = Field(
+        default_factory=list,
+        description='parameters that stay as they are, as patterns: ["*embeddings*"] (full and blocks)',
+    )
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="precision of the weights in memory; what trains gets an fp32 copy, as in BAdam (for GPUs)"
     )

@@ -9,8 +9,9 @@ frozen rest is one copy, shared by all simulated clients.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,12 +129,26 @@ class View:
         return sum(p.numel() for p in self.model.parameters())
 
 
-def make(model: Any, method: Method, task: str = "causal", seed: int = 0) -> View:
-    """The view that `method` wants of `model`.
+def make(model: Any, method: Method, task: str = "causal", seed: int = 0, freeze: Sequence[str] = ()) -> View:
+    """The view that `method` wants of `model`, without the parameters whose names match one of `freeze`.
 
     Raises:
-        RecipeError: the view finds nothing to train (wrong targets, an architecture without layers).
+        RecipeError: the view finds nothing to train (wrong targets, an architecture without layers), or nothing that
+            is to be frozen.
     """
+    view = _whole(model, method, task, seed)
+    if freeze and method.view not in ("full", "blocks"):
+        raise RecipeError(f"model.freeze: '{method.name}' leaves the model's own parameters alone; take it out")
+    for pattern in freeze:
+        if not fnmatch.filter(view.params, pattern):
+            raise RecipeError(f"model.freeze: no parameter is called '{pattern}'{nearest(pattern, view.params)}")
+    left = {k: p for k, p in view.params.items() if not any(fnmatch.fnmatchcase(k, f) for f in freeze)}
+    if not left:
+        raise RecipeError("model.freeze: nothing is left to train")
+    return dataclasses.replace(view, params=left) if freeze else view
+
+
+def _whole(model: Any, method: Method, task: str, seed: int) -> View:
     if method.view == "lora":
         return _lora(model, method, task, seed)
     if method.view == "adapter":
