@@ -134,7 +134,7 @@ def plan(recipe: RecipeFile, sets: Sets = None) -> None:
     """Bytes, virtual hours and memory per client, before anything is spent."""
     from hocket import plan as plans
     from hocket import recipe as recipes
-    from hocket.needs import shortage, unused
+    from hocket.needs import shortage, unused, vain
 
     loaded = recipes.load(recipe, sets or ())
     rows = None
@@ -164,7 +164,7 @@ def plan(recipe: RecipeFile, sets: Sets = None) -> None:
         f"gradients {m.gradients / 1e9:.2f}, optimizer {m.optimizer / 1e9:.2f}, in flight {m.in_flight / 1e9:.2f}, "
         f"kept {m.kept / 1e9:.2f}, activations about {(m.activations + m.logits) / 1e9:.2f}"
     )
-    for line in (*unused(loaded), *shortage(p["clients"])):
+    for line in (*unused(loaded), *vain(loaded), *shortage(p["clients"])):
         console.print(f"[bold red]warning[/]: {line}")
     console.print(
         f"virtual time {p['seconds']:.1f} s ({p['seconds'] / 3600:.2f} h) for {p['turns']} turns; "

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hocket.errors import HocketError
+from hocket.methods import Method
 from hocket.methods import method as methods
+from hocket.models import views
+from hocket.models.skeleton import skeleton
 from hocket.plan import plan
 from hocket.recipe import Recipe
 from hocket.store import RunFolder
@@ -39,9 +42,23 @@ def unused(recipe: Recipe) -> list[str]:
     ]
 
 
+def vain(recipe: Recipe) -> list[str]:
+    """A line if what the method does saves nothing on a model of these shapes."""
+    m = recipe.build_method()
+    if type(m).vain is Method.vain:
+        return []
+    try:
+        model = skeleton(recipe.model.source, task=recipe.model.task, num_labels=recipe.model.num_labels)
+        view = views.make(model, m, recipe.model.task, recipe.seed)
+    except HocketError:
+        return []  # what is wrong with the model is said where it is loaded
+    line = m.vain({k: view.turned(k, p.data) for k, p in view.params.items()}, recipe.training)
+    return [line] if line else []
+
+
 def note(recipe: Recipe, rows: Sequence[int], folder: RunFolder, tell: Callable[[dict[str, Any]], None] | None) -> None:
     """Warn; plan clients' memory if it is stated or to be measured, and write `memory.json` into the run's folder."""
-    for line in unused(recipe):
+    for line in [*unused(recipe), *vain(recipe)]:
         if tell:
             tell({"what": "warning", "text": line})
     if not recipe.training.measure_memory and all(d.memory_gb is None for d in recipe.devices()):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from worlds import World, assemble, collate, language, tokens
 
+from hocket import needs, run
 from hocket import plan as plans
-from hocket import run
 from hocket.combine import mean
 from hocket.errors import RecipeError
 from hocket.evaluate import heldout
@@ -464,6 +464,26 @@ def test_what_would_carry_over_is_refused(tmp_path: Path) -> None:
         parse(data(tmp_path, codec={"up": {"name": "feedback", "codec": "int8"}}))
     with pytest.raises(RecipeError, match=r"mu: B begins at zero"):
         parse(data(tmp_path, method={"name": "fedkrso", "mu": 0.1}))
+
+
+def test_subspaces_that_save_nothing_are_said_before_a_run(tmp_path: Path) -> None:
+    """The adapted weights are all of n inputs; 5 steps in intervals of 2 use at most 3 subspaces."""
+    at = lambda rank, steps, **more: parse(data(
+        tmp_path, method={"name": "fedkrso", "rank": rank, "subspaces": 50, "interval": 2, **more},
+        training={"local_steps": steps},
+    ))  # fmt: skip
+    n = load("tiny:gpt2").model.config.n_embd
+    assert not needs.vain(at(n // 3 - 1, 5))
+    (line,) = needs.vain(at(-(-n // 3), 5))
+    assert "method.subspaces: 3 of method.rank" in line
+    assert "in 4 of 4 weights" in line
+    assert not needs.vain(at(1, 2 * (n - 1), subspaces=n))
+    assert needs.vain(at(1, 2 * n, subspaces=n))
+    heard: list[Any] = []
+    recipe = at(n, 1)
+    needs.note(recipe, [3, 3], None, heard.append)  # type: ignore[arg-type]
+    assert [h["what"] for h in heard] == ["warning"]
+    assert not needs.vain(parse(data(tmp_path, method="flora")))
 
 
 def test_decay_pulls_coordinates_and_never_weights() -> None:

@@ -100,6 +100,10 @@ class Method:
         """Why clients cannot train this method under the recipe's section [training], naming its field; or None."""
         return None
 
+    def vain(self, params: Mapping[str, torch.Tensor], training: Any) -> str | None:
+        """What of this method saves nothing on a view of these shapes under [training], naming its field; or None."""
+        return None
+
     def init(self, params: Tree, seed: int) -> State:
         """Server state at version 0 from the trainable view of the start model, and the run's seed."""
         return {"params": dict(params), "slots": {}}

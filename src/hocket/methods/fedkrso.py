@@ -29,7 +29,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -69,6 +69,17 @@ class FedKRSO(Merging):
         if self.mu:
             raise ValueError("mu: B begins at zero in every interval, so a pull to it is not FedProx's; use 0")
         return self
+
+    def vain(self, params: Mapping[str, Tensor], training: Any) -> str | None:
+        intervals = self.subspaces if training.local_epochs else -(-training.local_steps // self.interval)
+        used, all_ = min(self.subspaces, intervals), modules(params)
+        full = [m for m in all_ if used * self.rank_of(m) >= params[m + BASE].shape[1]]
+        if not full:
+            return None
+        return (
+            f"method.subspaces: {used} of method.rank have as many coordinates as there are numbers in {len(full)} of "
+            f"{len(all_)} weights, in '{full[0]}' for example, so that sending them saves nothing; lower either"
+        )
 
     def scale(self, module: str, rank: int | None = None) -> float:
         """1: B P is the update itself."""
