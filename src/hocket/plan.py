@@ -54,7 +54,7 @@ class ShapeTrainer:
         """As the recipe has them."""
         return self.count[local.client]
 
-    def walk(self, local: Local, start: Tree, only: Callable[[str], bool]) -> Iterator[Point]:
+    def walk(self, local: Local, start: Tree, only: Callable[[str], bool], beside: int = 0) -> Iterator[Point]:
         """As many points as there are steps, all alike."""
         flat = Point({k: v for k, v in start.items() if only(k)}, lambda: 0.0, lambda stacks: [0.0, 0.0], 1.0)
         return itertools.repeat(flat, self.steps(local))

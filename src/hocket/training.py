@@ -94,9 +94,9 @@ class TorchTrainer:
         """Optimizer steps of one job of this client."""
         return self.config.steps(len(self.data[local.client]))
 
-    def walk(self, local: Local, start: Tree, only: Callable[[str], bool]) -> Iterator[Point]:
+    def walk(self, local: Local, start: Tree, only: Callable[[str], bool], beside: int = 0) -> Iterator[Point]:
         """This client's local steps without gradients (see `Trainer`)."""
-        return walk(self, local, start, only)
+        return walk(self, local, start, only, beside)
 
     def place(self, values: Tree) -> None:
         """Put values into the model, in the model's precision; one at a time, so that there are never two models."""

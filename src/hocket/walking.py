@@ -88,7 +88,7 @@ class _Elsewhere:
         return getattr(self._model, name)
 
 
-def walk(trainer: TorchTrainer, local: Local, start: Tree, only: Callable[[str], bool]) -> Iterator[Point]:
+def walk(trainer: TorchTrainer, local: Local, start: Tree, only: Callable[[str], bool], beside: int) -> Iterator[Point]:
     """One `Point` before each local step of this job (see `Trainer`); metrics as `fit` has them."""
     view, c = trainer.view, trainer.config
     names, rate = [k for k in sorted(start) if only(k)], c.rate(local.turn, local.turns)
@@ -109,8 +109,11 @@ def walk(trainer: TorchTrainer, local: Local, start: Tree, only: Callable[[str],
             meter = Meter(view.model, [], local.memory.values(), []) if i == measured else None
             with meter or nullcontext():
                 yield point
+                if meter:
+                    meter.mark("backward", gradients=[])
+                    meter.mark("step")
             if meter:
-                local.metrics.update(meter.parts)
+                local.metrics.update(_measured(meter, beside, there=i > 0))
             if point.used:
                 losses.append(sum(value.seen) / max(len(value.seen), 1))
                 examples += sum(len(b["input_ids"]) if "input_ids" in b else 1 for b in micro)
@@ -122,6 +125,17 @@ def walk(trainer: TorchTrainer, local: Local, start: Tree, only: Callable[[str],
     local.metrics.update(steps=len(losses), skipped=skipped, examples=examples, tokens=tokens)
     if losses:
         local.metrics["loss"] = sum(losses) / len(losses)
+
+
+def _measured(meter: Meter, beside: int, there: bool) -> dict[str, float]:
+    """What a step held, by the names under which steps with gradients are measured; the method's own `beside` bytes
+    were `there` before it, or were taken in it."""
+    parts = {k: v + beside * (there and ("after" in k or "peak" in k)) for k, v in meter.parts.items()}
+    parts["memory_after_start"] += beside * (not there)
+    alive = parts["memory_peak"] - parts["memory_after_start"]
+    return parts | {
+        "memory_optimizer": float(beside), "memory_activations": alive, "memory_after_forward": parts["memory_peak"],
+    }  # fmt: skip
 
 
 def _own(trainer: TorchTrainer, name: str) -> Tensor:

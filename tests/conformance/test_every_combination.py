@@ -160,7 +160,7 @@ def still(local: Any, start: Tree, only: Any, prox: float, penalty: Any = None, 
     return {k: v.new_zeros((masks or {}).get(k, v).shape) for k, v in start.items() if only(k)}
 
 
-def flat(local: Any, start: Tree, only: Any) -> Any:
+def flat(local: Any, start: Tree, only: Any, beside: int) -> Any:
     """A client whose losses do not depend on the model."""
     yield Point({k: v.clone() for k, v in start.items() if only(k)}, lambda: 1.0, lambda stacks: [1.0, 1.0], 0.1)
 

@@ -17,6 +17,7 @@ from hocket.directions import PIECE, Directions, pieces
 from hocket.errors import RecipeError, RunError
 from hocket.methods import Client, Local, Update, method
 from hocket.methods.fedkseed import CHANCES, OWN, SCALARS, SEED, STEPS, SUMS, Walked
+from hocket.models.inference import inference
 from hocket.models.meter import Meter
 from hocket.models.views import View
 from hocket.recipe import parse
@@ -44,8 +45,8 @@ def noting_ends(trainer: Any) -> dict[tuple[int, int], Tree]:
     ends: dict[tuple[int, int], Tree] = {}
     walk = trainer.walk
 
-    def noting(local: Local, start: Tree, only: Any) -> Any:
-        for point in walk(local, start, only):
+    def noting(local: Local, start: Tree, only: Any, beside: int) -> Any:
+        for point in walk(local, start, only, beside):
             ends[local.client, local.turn] = point.live
             yield point
 
@@ -234,8 +235,8 @@ def test_dropped_steps_are_on_neither_side(bad: float) -> None:
         walk, params = w.trainer.walk, w.simulation.server.state["params"]
         ends = noting_ends(w.trainer)
 
-        def spoiled(local: Local, start: Tree, only: Any) -> Any:
-            for i, point in enumerate(walk(local, start, only)):
+        def spoiled(local: Local, start: Tree, only: Any, beside: int) -> Any:
+            for i, point in enumerate(walk(local, start, only, beside)):
                 ends[0, 0] = point.live
                 real = point.loss
                 if spoil and i == 2:
@@ -546,7 +547,7 @@ def test_half_precision_models_walk_in_their_own_precision() -> None:
 @pytest.mark.parametrize(("keep", "extra"), [("none", 0), ("largest", 1)])
 def test_a_step_holds_weights_activations_and_one_tensor(keep: str, extra: int) -> None:
     """Measured on every allocation of a step, against an inference pass."""
-    w = language(meth=spec(keep=keep), steps=2, layers=2, width=64, training={**SGD, "lr": 1e-4, "measure_memory": True})
+    w = language(meth=spec(keep=keep), steps=1, layers=2, width=64, training={**SGD, "lr": 1e-4, "measure_memory": True})
     m, params = w.simulation.server.method, w.simulation.server.state["params"]
     local = Local(0, params, {}, 0, 1, 0, 7, w.trainer)
     m.train(local, params)
@@ -556,12 +557,15 @@ def test_a_step_holds_weights_activations_and_one_tensor(keep: str, extra: int) 
     meter = Meter(w.trainer.view.model, [], [], [])
     with meter, torch.no_grad():
         w.trainer._loss(w.trainer.view.model, batch)
-    inference = meter.parts["memory_peak"] - meter.parts["memory_parameters"]
-    assert local.metrics["memory_peak"] <= weights + inference + (1 + extra) * largest + (1 << 16)
+    inference_peak = meter.parts["memory_peak"] - meter.parts["memory_parameters"]
+    assert local.metrics["memory_peak"] <= weights + inference_peak + (1 + extra) * largest + (1 << 16)
     assert local.metrics["memory_parameters"] == weights
+    planned = inference(w.trainer.view.model, *batch["input_ids"].shape, "fp32")
+    assert inference_peak <= planned <= 1.1 * inference_peak
 
 
 def test_a_plan_has_the_bytes_of_the_run() -> None:
+    from hocket.models.skeleton import skeleton
     from hocket.plan import plan
 
     for name in ("fedkseed", "fedkseed-pro"):
@@ -575,6 +579,11 @@ def test_a_plan_has_the_bytes_of_the_run() -> None:
         m = method.build({"name": name, "directions": 512})
         sent = upload(m, [0] * 20, [0.0] * 20, dtype=torch.float32)
         sums = {k: torch.zeros(512) for k in ((SUMS, CHANCES) if name == "fedkseed-pro" else (SUMS,))}
+        need = found["clients"][0]["memory"]
+        assert need.gradients == need.trained == need.kept == need.logits == 0
+        assert need.weights == 4 * found["total"]
+        assert need.optimizer == 4 * max(p.numel() for p in skeleton("tiny:llama").parameters())
+        assert need.activations > 0
         assert found["up"] == 3 * 2 * raw.size(sent)
         assert found["down"] == 2 * (2 * raw.size(sums) + raw.size({}))
 

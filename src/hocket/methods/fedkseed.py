@@ -39,7 +39,7 @@ from torch import Tensor
 from hocket.combine import Lazy, finite, wide
 from hocket.directions import Directions
 from hocket.methods.base import PLAIN, Client, Local, Method, State, Update, method
-from hocket.tree import Tree, generator, key
+from hocket.tree import Tree, generator, key, nbytes
 
 SEED, SUMS, CHANCES = "kseed.seed", "kseed.sums", "kseed.chances"
 """In the state: what directions derive from, A, and how likely each k is (FedKSeed-Pro)."""
@@ -126,11 +126,13 @@ class FedKSeed(Method):
 
     def train(self, local: Local, start: Tree) -> Tree:
         theta, sums = _theta(start), start[SUMS]
-        z = Directions(int(start[SEED]), self._room(theta))
+        room = self._room(theta)
+        z = Directions(int(start[SEED]), room)
         draw = generator(local.seed, "fedkseed", local.client, local.visit)
         eta, walked = 0.0, list[tuple[int, float]]()
         behind: list[tuple[int, float]] = []  # what is left to do of the step before: its way back, and its move
-        for at in local.walk(theta):
+        held = 4 * room + (2 * nbytes(theta) if self.batched else 0)
+        for at in local.walk(theta, beside=held):
             k, eta = self._pick(start, draw), float(torch.tensor(at.rate, dtype=torch.float32))
             if self.batched:
                 z.add(at.live, behind)

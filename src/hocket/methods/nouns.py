@@ -121,9 +121,9 @@ class Trainer(Protocol):
     def steps(self, local: Local) -> int:
         """Optimizer steps of one job of this client."""
 
-    def walk(self, local: Local, start: Tree, only: Callable[[str], bool]) -> Iterator[Point]:
+    def walk(self, local: Local, start: Tree, only: Callable[[str], bool], beside: int = 0) -> Iterator[Point]:
         """This client's local steps without gradients, dropout off. Those tensors of `start` that `only` selects are
-        the method's to move, and are `start`'s again at the end."""
+        the method's to move, and are `start`'s again at the end. The method keeps `beside` bytes within a step."""
 
     def loss(self, params: Tree, batch: Any) -> torch.Tensor:
         """Loss of the model with `params` in place; no gradient."""
@@ -176,9 +176,14 @@ class Local:
         """
         return self.trainer.fit(self, params, only, prox, penalty, masks, between)
 
-    def walk(self, params: Tree, only: Callable[[str], bool] = lambda name: True) -> Iterator[Point]:
-        """Go through this client's local steps without gradients, from `params`; see `Point`."""
-        return self.trainer.walk(self, params, only)
+    def walk(self, params: Tree, only: Callable[[str], bool] = lambda name: True, beside: int = 0) -> Iterator[Point]:
+        """Go through this client's local steps without gradients, from `params`; see `Point`.
+
+        Args:
+            only: which of `params` move.
+            beside: bytes that the method keeps on the model's device within a step, for plans.
+        """
+        return self.trainer.walk(self, params, only, beside)
 
     def loss(self, params: Tree, batch: Any) -> torch.Tensor:
         """Forward only: the loss of `batch` with `params` in place."""

@@ -10,7 +10,7 @@ of another machine may keep a little more or less.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,7 +23,9 @@ from hocket.methods import Local
 from hocket.methods.base import Between, Masks, Penalty
 from hocket.methods.blocks import LAYER
 from hocket.methods.lora import A, B
+from hocket.methods.nouns import Point
 from hocket.models.forward import autocast
+from hocket.models.inference import inference
 from hocket.models.views import View
 from hocket.tree import Tree, nbytes
 
@@ -41,10 +43,10 @@ class Memory:
         weights: the whole model, what trains in fp32 at least.
         trained: start values of what trains, kept for the difference, and what a method keeps from step to step. With
             a GPU they lie in the host's memory, as do `in_flight` and `kept`, and all three are 0 here.
-        gradients, optimizer: of what trains.
+        gradients, optimizer: of what trains; of walks without gradients, what the method keeps within a step.
         in_flight: own updates that the client remembers under overlap.
         kept: other private tensors from job to job: error feedback, kept optimizer state.
-        activations: kept from the forward pass for the backward pass.
+        activations: kept from the forward pass for the backward pass; without one, alive at most, logits included.
         logits: their gradient, alive beside all activations when the backward pass begins, and while it is put back
             in its place among all positions there twice. Or the dense gradient of a weight of which only some entries
             train, until they are taken, if that is more.
@@ -116,13 +118,15 @@ class Step:
 
 class Fitted(NamedTuple):
     """What one job trains: names of tensors; whether all of it moves at once; of some, how many entries move; the
-    bytes of what its method keeps from step to step; and the shapes of adapters' factors, the client's own."""
+    bytes of what its method keeps from step to step; the shapes of adapters' factors, the client's own; and whether it
+    walks without gradients."""
 
     names: tuple[str, ...]
     at_once: bool = True
     entries: tuple[tuple[str, int], ...] = ()
     beside: int = 0
     factors: Shapes = ()
+    walks: bool = False
 
 
 @dataclass
@@ -152,6 +156,12 @@ class Noted:
         """Note all tensors: each has a gradient, one at a time, and none moves."""
         self.jobs.setdefault(local.client, []).append(Fitted(tuple(sorted(start)), False))
         return self.inner.gradient_norms(local, start)
+
+    def walk(self, local: Local, start: Tree, only: Callable[[str], bool], beside: int = 0) -> Iterator[Point]:
+        """Note that the selected tensors move where they are."""
+        names = tuple(k for k in sorted(start) if only(k))
+        self.jobs.setdefault(local.client, []).append(Fitted(names, False, beside=beside, walks=True))
+        return self.inner.walk(local, start, only, beside)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -202,6 +212,9 @@ def estimate(view: View, job: Fitted, step: Step) -> Memory:
     """Memory of a step of this job, without private tensors."""
     size, entries, beside = _sizes(view, job), dict(job.entries), job.beside
     n, whole = sum(size.values()), _whole(view, job)
+    if job.walks:
+        alive = inference(view.model, step.rows, step.length, step.precision)
+        return Memory(whole, optimizer=beside, activations=alive)
     kept, logits = activations(view, size, step, job.factors)
     if not job.at_once:
         return Memory(whole, gradients=max(size.values(), default=0), activations=kept, logits=logits)
