@@ -349,3 +349,13 @@ def test_plans_count_the_same_bytes(spec: Any, numbers: float) -> None:
     p = plan(recipe(spec, "zstd"))
     assert p["down"] == pytest.approx(2 * numbers * p["trainable"], rel=1e-3)
     assert p["up"] == pytest.approx(4 * 4 * p["trainable"], rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@each
+def test_a_client_on_a_gpu_gets_the_servers_bits(spec: Any) -> None:
+    """The server steps on the CPU, the client applies on the GPU: both only add, or flip bits."""
+    m, states = steps(spec, 3, torch.float32)
+    held = {k: v.cuda() for k, v in states[2]["params"].items()}
+    got = m.load(held, ZSTD.decode(ZSTD.encode(ship(m, states[3], 3, 2))))
+    assert digest(got) == digest(states[3]["params"])

@@ -10,7 +10,7 @@ what a difference is, how it is coded, and what becomes of who missed some, is d
                theta_v = theta_{v-1} + D_v              C: as it is, in bf16, or the largest entries alone
     everyone:  theta_v from theta_{v-1} and D_v by the same operations; with D_v comes a 128-bit checksum of theta_v
 
-Bytes a round and client: up d s_c; down d s_w as xor (s_w bytes a weight), 4 d as float (8 d in float64), 2 d with
+Bytes a round and client: up d s_c; down d s_w as xor (s_w = 4: the server holds fp32), 4 d as float, 2 d with
 `precision = "half"`, and of `share` s of the entries s d (4 or 2, and 1 to 4 for where it is). So nothing is saved
 against FedAvg before a codec: `codec.down = "zstd"` makes d s_w less (docs/methods-seeds.md has what was measured).
 Who missed versions gets, as xor, one set of differences for all of them (XOR composes), if the server still has them:
