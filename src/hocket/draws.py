@@ -66,7 +66,7 @@ def truncated(shape: Sequence[int], bound: float, *parts: int | str, out: Tensor
             y = piece.mul_(math.erf(bound / math.sqrt(2)) * math.sqrt(math.pi / 2) / HALF)
             y.addcmul_(y, y * y, value=1 / 6)
         else:
-            piece.mul_(math.erf(bound / math.sqrt(2)) / HALF).erfinv_().mul_(math.sqrt(2)).clamp_(-bound, bound)
+            piece.mul_(math.erf(bound / math.sqrt(2)) / HALF).erfinv_().mul_(math.sqrt(2))
     return flat.view(*shape)
 
 

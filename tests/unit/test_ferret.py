@@ -362,6 +362,47 @@ def test_codecs_leave_seeds_and_counts_alone(name: str) -> None:
     assert float(torch.nn.functional.cosine_similarity(back[GAMMA], up[GAMMA], 0)) > 0.5
 
 
+# --- where it breaks ------------------------------------------------------------------------------------------------
+def loss_after(m: Ferret, rate: float, steps: int = 1, runs: int = 60, k: int = 400) -> float:
+    """Mean of |w - w*|^2 after some steps on |w - w*|^2 / 2, each the reconstruction of the way that is left, over the
+    first one."""
+    out = []
+    for run in range(runs):
+        left = some({"w": (k,)}, torch.float64, run)["w"]
+        first = left.square().sum()
+        for t in range(steps):
+            left = left - rate * made(m, {"w": left}, run * steps + t)["w"]
+        out.append(float(left.square().sum() / first))
+    return sum(out) / runs
+
+
+def test_where_it_breaks_a_step_that_fedavg_could_make_is_too_long() -> None:
+    """A rate of 1 is at the solution at once with Delta itself; with K of d vectors the loss grows d / K times."""
+    d, k = 400, 64
+    assert loss_after(ferret(k=k), 1.0) == pytest.approx(d / k, rel=0.1)
+    assert loss_after(ferret(k=k), k / (k + d)) == pytest.approx(d / (k + d), rel=0.02)  # the best rate there is
+    assert loss_after(ferret(k=k, scale="published"), 3 * k / (k + d)) == pytest.approx(d / (k + d), rel=0.02)
+    assert loss_after(ferret(k=k, solve=True), 1.0) == pytest.approx(1 - k / d, rel=0.02)
+
+
+def test_where_it_breaks_one_list_of_vectors_leaves_what_is_outside_its_span() -> None:
+    d, k = 100, 25
+    fresh, fixed = ferret(k=k, solve=True), ferret(k=k, solve=True, seeds="fixed", split="size")
+    assert loss_after(fixed, 1.0, 20, 6, d) == pytest.approx(1 - k / d, rel=0.15)
+    assert loss_after(fresh, 1.0, 20, 6, d) < 0.01
+
+
+def test_many_clients_average_the_noise_of_fresh_vectors_alone() -> None:
+    delta, n = some(VECTOR)["w"], 25
+    apart = {}
+    for seeds in ("fresh", "fixed"):
+        m = ferret(k=64, seeds=seeds, split="size")
+        mean = torch.stack([made(m, {"w": delta}, 0, client)["w"] for client in range(n)]).mean(0)
+        apart[seeds] = float((mean - delta).norm() / delta.norm())
+    assert apart["fresh"] == pytest.approx((400 / 64 / n) ** 0.5, rel=0.15)
+    assert apart["fixed"] == pytest.approx((400 / 64) ** 0.5, rel=0.25)
+
+
 # --- on a model -----------------------------------------------------------------------------------------------------
 def losses(w: World) -> list[float]:
     batch = collate([t for c in range(3) for t in tokens(c, 3)])
