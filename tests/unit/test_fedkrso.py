@@ -260,8 +260,8 @@ def test_no_weight_ever_has_a_gradient_and_all_come_back(dtype: torch.dtype) -> 
 
 def test_moments_begin_anew_with_every_interval_but_the_heads() -> None:
     w = exact("llama", spec(), optimizer="adamw")
-    make, made = w.trainer._optimizer, []
-    w.trainer._optimizer = lambda *args: made.append(make(*args)) or made[-1]
+    build, made = w.trainer._optimizer, []
+    w.trainer._optimizer = lambda *args: made.append(build(*args)) or made[-1]
     one_job(w)
     assert {int(s["step"]) for s in made[0].state.values()} == {1}  # the fifth step is its interval's first
     model, _ = tiny("bert", "classification", vocab=64, layers=2, width=16, num_labels=3)
@@ -279,8 +279,8 @@ def test_moments_begin_anew_with_every_interval_but_the_heads() -> None:
 
     trainer = TorchTrainer(view, rows, batch, Training.model_validate({"lr": 1e-2, "local_steps": 5, "batch_size": 2}))
     w = assemble(view, trainer, [4, 4], m, "sync", 2, "raw", "raw")
-    make = trainer._optimizer
-    trainer._optimizer = lambda *args: made.append(make(*args)) or made[-1]  # type: ignore[method-assign]
+    build = trainer._optimizer
+    trainer._optimizer = lambda *args: made.append(build(*args)) or made[-1]  # type: ignore[method-assign]
     w.run()
     assert {int(s["step"]) for s in made[-1].state.values()} == {1, 5}
     head = [k for k in w.final if "classifier" in k]
