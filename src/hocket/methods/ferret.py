@@ -15,7 +15,7 @@ missed, or the dense w where that is less. With `seeds = "fixed"`, one list of v
 gamma, and a version is one such set. Under a server optimizer, or a schedule that adds differences of whole weights,
 the dense w travels down.
 Client memory: as FedAvg, and one tile; its work beside training is sum_l d_l K_l draws, and the same for each update of
-a version on the server and on whoever applies its news: about 1 ns a draw on one core.
+a version on the server and on whoever applies its news: 1.5 ns a draw on one core.
 Exact: the mean of the reconstructions; on average over seeds, a reconstruction is Delta; `solve` with K_l = d_l.
 Approximate: one reconstruction is Delta and noise sqrt(d_l / K_l) times as long; with `solve` it is a projection of
 Delta, K_l / d_l of it on average and never longer than it.
