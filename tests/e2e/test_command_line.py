@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,20 +11,37 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from hocket import store
+from hocket import cli, store
 from hocket.tree import digest
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"}
 
 
-def hocket(*args: object, ok: int = 0, **more: object) -> str:
+def hocket(*args: object, ok: int = 0) -> str:
+    """What the command prints, in this process: a process of its own takes seconds to load what is here already."""
+    out, before = io.StringIO(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    argv = patch.object(sys, "argv", ["hocket", *map(str, args)])
+    try:
+        with argv, patch.dict(os.environ, ENV), redirect_stdout(out), redirect_stderr(out), pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert (stop.value.code or 0) == ok, out.getvalue()
+    return out.getvalue()
+
+
+def apart(*args: object, ok: int = 0, **more: object) -> str:
+    """The same, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "hocket", *map(str, args)], capture_output=True, text=True, env=ENV, timeout=280, **more
     )
@@ -74,7 +92,7 @@ def final(run: Path) -> str:
 
 
 def test_run_writes_everything_and_learns(recipe: Path, tmp_path: Path) -> None:
-    out = hocket("run", recipe, "--out", tmp_path / "run", "--set", "engine.tensorboard=true")
+    out = apart("run", recipe, "--out", tmp_path / "run", "--set", "engine.tensorboard=true")
     start, end = map(float, re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", out).groups())  # type: ignore[union-attr]
     assert end < start - 0.1
     for name in ("recipe.toml", "manifest.json", "ledger.jsonl", "report.html"):
@@ -83,7 +101,7 @@ def test_run_writes_everything_and_learns(recipe: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert [c["name"] for c in manifest["clients"]] == ["a", "b", "c"]
     assert manifest["wall_seconds"] > 0
-    assert "has finished" in hocket("resume", tmp_path / "run", ok=2)
+    assert "has finished" in apart("resume", tmp_path / "run", ok=2)
     assert "already holds a run" in hocket("run", recipe, "--out", tmp_path / "run", ok=2)
 
 
@@ -138,7 +156,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(recipe: Path, tmp_path: Pat
             import resource
 
             limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
-            out = hocket("run", recipe, "--out", disk / "run", "-q", ok=2, preexec_fn=limit)
+            out = apart("run", recipe, "--out", disk / "run", "-q", ok=2, preexec_fn=limit)
         assert re.search("No space left on device|File too large", out), out
         assert "error:" in out
         if mounted:
@@ -199,21 +217,7 @@ def test_reports_side_by_side(recipe: Path, tmp_path: Path) -> None:
     assert (tmp_path / "page.html").stat().st_size > 1e6
 
 
-def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
-    """The command in this process: exit code and everything it printed."""
-    from hocket import cli
-
-    monkeypatch.setattr(sys, "argv", ["hocket", *map(str, args)])
-    monkeypatch.setattr(cli.errors, "file", sys.stderr)
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    out = capsys.readouterr()
-    return int(stop.value.code or 0), out.out + out.err
-
-
-def test_bad_input_is_one_line_that_names_the_field_or_file(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line_that_names_the_field_or_file(recipe: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     hollow = tmp_path / "hollow"
@@ -232,8 +236,7 @@ def test_bad_input_is_one_line_that_names_the_field_or_file(
     ]:
         if message == "no usable GPU" and torch.cuda.is_available():
             continue
-        code, out = inside(monkeypatch, capsys, "run", recipe, "--out", tmp_path / "bad", "-q", "--set", value)
-        assert code == 2
+        out = hocket("run", recipe, "--out", tmp_path / "bad", "-q", "--set", value, ok=2)
         assert "error: " in out
         assert message in out
         assert not list((tmp_path / "bad").glob("checkpoint/*"))
@@ -244,9 +247,7 @@ def test_bad_input_is_one_line_that_names_the_field_or_file(
         (["report", tmp_path / "nothing"], "is missing"),
         (["models", "pull", "smollm2-135m"], "did you mean"),
     ]:
-        code, out = inside(monkeypatch, capsys, *args)
-        assert code == 2
-        assert message in out
+        assert message in hocket(*args, ok=2)
 
 
 @pytest.mark.parametrize("delay", [1.0, 3.5, 5.0])

@@ -16,6 +16,10 @@ from test_command_line import ENV, hocket, write_recipe
 
 @pytest.fixture
 def study(tmp_path: Path, stories: Path) -> Path:
+    return write_study(tmp_path, stories)
+
+
+def write_study(tmp_path: Path, stories: Path) -> Path:
     write_recipe(tmp_path, stories)
     path = tmp_path / "study.toml"
     path.write_text(
@@ -28,9 +32,18 @@ def study(tmp_path: Path, stories: Path) -> Path:
     return path
 
 
-def test_a_study_tunes_runs_and_sums_up(study: Path, tmp_path: Path) -> None:
-    out = hocket("compare", study, "--out", tmp_path / "out", "--results", tmp_path / "results")
-    result = json.loads((tmp_path / "results" / "small.json").read_text())
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, stories: Path) -> Path:
+    """A comparison that nobody stopped, in `out`, and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    out = hocket("compare", write_study(folder, stories), "--out", folder / "out", "--results", folder / "results")
+    (folder / "printed").write_text(out)
+    return folder
+
+
+def test_a_study_tunes_runs_and_sums_up(whole: Path) -> None:
+    out = (whole / "printed").read_text()
+    result = json.loads((whole / "results" / "small.json").read_text())
     waits, other = result["variants"]["waits"], result["variants"]["does not"]
     assert waits["rate"] == other["rate"] == min(waits["tuning"], key=waits["tuning"].get) or waits["rate"] == 1e-3
     assert len(waits["losses"]) == 2
@@ -39,20 +52,18 @@ def test_a_study_tunes_runs_and_sums_up(study: Path, tmp_path: Path) -> None:
     assert other["virtual_seconds"] < waits["virtual_seconds"]
     assert other["local_steps"] == waits["local_steps"] == 3 * 3 * 2
     assert "| does not | 0.001 |" in out
-    runs = {p.name: (p / "ledger.jsonl").stat().st_mtime_ns for p in (tmp_path / "out" / "runs").iterdir()}
+    runs = {p.name: (p / "ledger.jsonl").stat().st_mtime_ns for p in (whole / "out" / "runs").iterdir()}
     assert len(runs) == 2 + 2 * 2
-    assert not list((tmp_path / "out").rglob("checkpoint"))
-    again = hocket("compare", study, "--out", tmp_path / "out", "--results", tmp_path / "results")
+    assert not list((whole / "out").rglob("checkpoint"))
+    again = hocket("compare", whole / "study.toml", "--out", whole / "out", "--results", whole / "results")
     assert "was there" in again
-    assert runs == {p.name: (p / "ledger.jsonl").stat().st_mtime_ns for p in (tmp_path / "out" / "runs").iterdir()}
-    assert json.loads((tmp_path / "results" / "small.json").read_text()) == result
+    assert runs == {p.name: (p / "ledger.jsonl").stat().st_mtime_ns for p in (whole / "out" / "runs").iterdir()}
+    assert json.loads((whole / "results" / "small.json").read_text()) == result
 
 
 @pytest.mark.parametrize("signal_group", [True, False])
-def test_a_stopped_comparison_goes_on(study: Path, tmp_path: Path, signal_group: bool) -> None:
+def test_a_stopped_comparison_goes_on(whole: Path, study: Path, tmp_path: Path, signal_group: bool) -> None:
     """Ctrl-C reaches the whole group; a service manager tells the parent alone."""
-    whole = tmp_path / "whole"
-    hocket("compare", study, "--out", whole)
     command = [sys.executable, "-m", "hocket", "compare", str(study), "--out", str(tmp_path / "cut"), "--jobs", "2"]
     with subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as p:
         assert p.stdout is not None
@@ -66,7 +77,7 @@ def test_a_stopped_comparison_goes_on(study: Path, tmp_path: Path, signal_group:
     assert p.returncode == 130
     assert "go on with the same command" in errors
     hocket("compare", study, "--out", tmp_path / "cut")
-    a, b = (json.loads((f / "small.json").read_text()) for f in (whole, tmp_path / "cut"))
+    a, b = (json.loads((f / "small.json").read_text()) for f in (whole / "results", tmp_path / "cut"))
     for name in a["variants"]:
         assert a["variants"][name]["losses"] == b["variants"][name]["losses"]
 
