@@ -558,7 +558,7 @@ def test_a_step_holds_weights_activations_and_one_tensor(keep: str, extra: int) 
     with meter, torch.no_grad():
         w.trainer._loss(w.trainer.view.model, batch)
     inference_peak = meter.parts["memory_peak"] - meter.parts["memory_parameters"]
-    assert local.metrics["memory_peak"] <= weights + inference_peak + (1 + extra) * largest + (1 << 16)
+    assert local.metrics["memory_peak"] <= weights + inference_peak + extra * largest + 4096
     assert local.metrics["memory_parameters"] == weights
     planned = inference(w.trainer.view.model, *batch["input_ids"].shape, "fp32")
     assert inference_peak <= planned <= 1.1 * inference_peak
