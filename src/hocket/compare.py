@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -119,6 +120,7 @@ class Runner:
             try:
                 done = self._done[recipe.hash] = future.result()
             except BrokenProcessPool as error:
+                time.sleep(1)  # Ctrl-C reaches the whole group, workers perhaps first: then this is what it interrupts
                 raise RunError(
                     "a run's process died (killed, or out of memory): use fewer --jobs; the same command goes on"
                 ) from error
