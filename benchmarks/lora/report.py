@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from figures import between, page, panel  # noqa: E402
 
-from hocket.compare import paired  # noqa: E402
+from hocket.results import paired  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 PAGE, FIGURE = ROOT / "docs" / "unequal-ranks.md", ROOT / "docs" / "unequal-ranks.svg"

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hocket.compare import table
+from hocket.results import table
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -12,7 +12,7 @@ from peft import PeftModel
 from worlds import World, collate, language, tokens
 
 from hocket import run, store
-from hocket.compare import Chosen, summary, table
+from hocket.compare import Chosen, summary
 from hocket.compare import _perform as performed
 from hocket.errors import RecipeError, StoreError
 from hocket.evaluate import heldout, pooled
@@ -24,6 +24,7 @@ from hocket.methods.lora import A, B
 from hocket.models import load
 from hocket.recipe import parse
 from hocket.report import build, read
+from hocket.results import table
 from hocket.study import Study
 from hocket.tree import Tree, digest, generator
 

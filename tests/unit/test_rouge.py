@@ -255,7 +255,8 @@ def test_a_run_scores_its_answers_at_every_evaluation(method: str, tmp_path: Pat
 
 
 def test_a_comparison_has_the_mean_over_seeds(tmp_path: Path, stories: Path) -> None:
-    from hocket.compare import Chosen, _perform, summary, table
+    from hocket.compare import Chosen, _perform, summary
+    from hocket.results import table
     from hocket.study import gather
 
     (tmp_path / "a.toml").write_text(recipe(tmp_path, "fedit", str(stories), rouge=4, every=2, start=False).to_toml())

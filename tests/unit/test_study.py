@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from hocket.compare import paired, table
 from hocket.errors import RecipeError
+from hocket.results import paired, table
 from hocket.study import gather, overlay
 
 STUDY = """
@@ -141,7 +141,7 @@ def test_a_diverged_seed_is_summed_up_and_written(tmp_path: Path) -> None:
     import json
 
     from hocket.compare import SCORES, Chosen, summary
-    from hocket.compare import write as write_results
+    from hocket.results import write as write_results
 
     (study,) = gather([write(tmp_path / "s.toml", STUDY.replace('versus = "b"', 'versus = "a"'))])
     blank = {**dict.fromkeys(SCORES), "git": "x", "start_loss": None, "heldout_rows": 5, "turns": 2, "moved": [], "clients": None, "groups": None, "error": [], "effective_rank": [], "jobs": [1], "curve": []}
