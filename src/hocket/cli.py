@@ -34,6 +34,7 @@ RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="Override a field: a.b=value. Repeatable.", metavar="A.B=V")
 ]
+Where = Annotated[str | None, typer.Option("--executor", help="processes, or ray: where clients really compute.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 
 
@@ -42,13 +43,14 @@ def run(
     recipe: RecipeFile,
     out: Annotated[Path | None, typer.Option(help="Folder to make; default runs/NAME-HASH.")] = None,
     sets: Sets = None,
+    executor: Where = None,
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe on the virtual clock and write its report."""
     from hocket import recipe as recipes
     from hocket import run as runs
 
-    loaded = recipes.load(recipe, sets or ())
+    loaded = recipes.load(recipe, [*(sets or ()), *([f"engine.executor={executor}"] if executor else [])])
     folder = out or Path("runs") / f"{loaded.name}-{loaded.hash[:8]}"
     _drive(
         folder,
@@ -63,6 +65,7 @@ def run(
 def resume(
     run: RunFolder,
     workers: Annotated[int | None, typer.Option(help="Other number of worker processes.")] = None,
+    executor: Where = None,
     quiet: Quiet = False,
 ) -> None:
     """Go on with a run that was stopped, to the same bits."""
@@ -74,7 +77,7 @@ def resume(
     loaded = recipes.load(run / "recipe.toml")
     board = loaded.engine.tensorboard
     turns = loaded.build_method().prelude + loaded.turns
-    _drive(run, turns, quiet, board, lambda tell, stop: runs.resume(run, tell, stop, workers))
+    _drive(run, turns, quiet, board, lambda tell, stop: runs.resume(run, tell, stop, workers, executor))
 
 
 def _drive(folder: Path, turns: int, quiet: bool, board: bool, work: Any) -> None:

@@ -22,6 +22,8 @@ from hocket.errors import Interrupted, RunError
 from hocket.methods import Job
 from hocket.tree import Tree
 
+DIED = "a worker process died; use fewer workers or a smaller batch, then resume"
+
 
 @dataclass(frozen=True)
 class Task:
@@ -32,6 +34,7 @@ class Task:
     memory: wire.Packet | None  # read when the job runs, so that waiting jobs hold none of it
     rows: int
     traits: Mapping[str, Any] = field(default_factory=dict)
+    due: float = 0.0  # when it is needed: what an executor may do first; no result depends on it
 
 
 def perform(setting: Setting, task: Task) -> Result:
@@ -138,7 +141,7 @@ class Pool:
         except BrokenProcessPool as error:
             if self._interrupted():  # the signal that stops the run reached the workers too
                 raise Interrupted from None
-            raise RunError("a worker process died; use fewer workers or a smaller batch, then resume") from error
+            raise RunError(DIED) from error
         del self._futures[job]
         return done
 

@@ -190,9 +190,8 @@ class Recipe(Section):
     @property
     def hash(self) -> str:
         """16 hex digits of everything that can change a result."""
-        plain = self.model_dump(
-            mode="json", exclude={"name": True, "engine": {"workers", "checkpoint_every", "tensorboard"}}
-        )
+        engine = {"executor", "workers", "gpus", "address", "checkpoint_every", "tensorboard"}
+        plain = self.model_dump(mode="json", exclude={"name": True, "engine": engine})
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_toml(self) -> str:

@@ -16,11 +16,12 @@ import torch
 
 import hocket
 from hocket import needs, store
-from hocket.errors import Interrupted, StoreError
+from hocket.errors import Interrupted, RecipeError, StoreError, need
 from hocket.executors import Executor, Inline, Pool
 from hocket.experiment import Experiment, setting_of
 from hocket.ledger import Ledger
 from hocket.provenance import git_hash
+from hocket.ray_executor import RayExecutor
 from hocket.recipe import Recipe
 from hocket.recipe import load as load_recipe
 from hocket.simulate import Simulation
@@ -72,7 +73,10 @@ def start(recipe: Recipe, out: Path, listener: Listener | None = None, stop: Sto
         folder.close()
 
 
-def resume(out: Path, listener: Listener | None = None, stop: Stop | None = None, workers: int | None = None) -> Path:
+def resume(
+    out: Path, listener: Listener | None = None, stop: Stop | None = None, workers: int | None = None,
+    executor: str | None = None,
+) -> Path:  # fmt: skip
     """Go on with a run from its newest whole checkpoint, or from the start if it has none yet.
 
     Raises:
@@ -80,9 +84,8 @@ def resume(out: Path, listener: Listener | None = None, stop: Stop | None = None
     """
     if not (out / "recipe.toml").exists():
         raise StoreError(f"'{out}' holds no run: recipe.toml is missing; use `hocket run RECIPE --out {out}`")
-    recipe = load_recipe(out / "recipe.toml")
-    if workers is not None:
-        recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"workers": workers})})
+    other = {"workers": workers, "executor": executor}
+    recipe = load_recipe(out / "recipe.toml", [f"engine.{k}={v}" for k, v in other.items() if v is not None])
     folder = store.RunFolder(out, new=False)
     try:
         return _go(recipe, folder, listener, stop or Stop())
@@ -91,6 +94,8 @@ def resume(out: Path, listener: Listener | None = None, stop: Stop | None = None
 
 
 def _go(recipe: Recipe, folder: store.RunFolder, listener: Listener | None, stop: Stop) -> Path:
+    if recipe.engine.executor == "ray":  # said before minutes are spent on loading
+        need("ray", "ray")
     saved: dict[str, Any] | None = None
     warnings: list[str] = []
     spool = store.Spool(folder.spool, recipe.engine.spool_mb << 20)
@@ -112,7 +117,7 @@ def _go(recipe: Recipe, folder: store.RunFolder, listener: Listener | None, stop
             listener({"what": "data", "table": experiment.data.table()})
         needs.note(recipe, experiment.rows, folder, listener)
         ledger = Ledger(folder.ledger, saved["engine"]["ledger"]["position"] if saved else 0, listener)
-        executor = _executor(experiment, stop)
+        executor = _executor(experiment, stop, listener)
         finished = None
         try:
             simulation = _simulation(experiment, spool, ledger, executor, saved)
@@ -125,12 +130,23 @@ def _go(recipe: Recipe, folder: store.RunFolder, listener: Listener | None, stop
     return folder.path
 
 
-def _executor(experiment: Experiment, stop: Stop) -> Executor:
+def _executor(experiment: Experiment, stop: Stop, listener: Listener | None) -> Executor:
     engine = experiment.recipe.engine
+    threads, text = engine.threads or torch.get_num_threads(), experiment.recipe.to_toml()
+    if engine.executor == "ray":
+        if experiment.view.device.type == "cuda" and not engine.gpus:
+            raise RecipeError(
+                "engine.gpus: 0 hides GPUs from Ray's workers; give each a share, or set model.device=cpu"
+            )
+
+        def warn(text: str) -> None:
+            if listener:
+                listener({"what": "warning", "text": text})
+
+        return RayExecutor(engine.workers, setting_of, (text,), threads, stop, engine.gpus, engine.address, warn)
     if not engine.workers:
         return Inline(experiment.setting())
-    threads = engine.threads or torch.get_num_threads()
-    return Pool(engine.workers, setting_of, (experiment.recipe.to_toml(),), threads, stop)
+    return Pool(engine.workers, setting_of, (text,), threads, stop)
 
 
 def _simulation(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from hocket.client import Weighting
 from hocket.clock import Device
@@ -180,8 +180,22 @@ class EvaluationSection(Section):
 class EngineSection(Section):
     """How this machine does the work; nothing here changes a result, except `threads` in the last bits."""
 
-    workers: int = Field(0, ge=0, description="worker processes; 0 trains in this one")
+    executor: Literal["processes", "ray"] = Field(
+        "processes", description="workers are processes here, or actors of a Ray cluster (extra 'ray')"
+    )
+    workers: int = Field(0, ge=0, description="workers; 0: train in this process (ray: as many as there is room for)")
     threads: int = Field(0, ge=0, description="torch threads of each process; 0: torch's own choice")
+    gpus: float = Field(0.0, ge=0, description="GPUs of each worker of ray, also a share such as 0.25")
+    address: Annotated[
+        str | None, Field(min_length=1, description="Ray cluster; none: RAY_ADDRESS, or one started for this run")
+    ] = None
     checkpoint_every: int = Field(1, ge=1, description="turns between checkpoints")
     spool_mb: int = Field(256, ge=0, description="packets in flight kept in memory before they go to disk")
     tensorboard: bool = Field(False, description="log scalars for TensorBoard (extra 'tensorboard')")
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError(f"{value:g} is neither a share of one GPU nor a whole number; use 0.5, 1, 2, ...")
+        return value

@@ -168,7 +168,7 @@ class Simulation:
         assert view is not None  # kept until the job is computed
         memory = self.spool.get(self.memory[client]) if client in self.memory else None
         info = self.server.clients[client]
-        self.executor.submit(Task(flight.job, view, memory, info.rows, info.traits))
+        self.executor.submit(Task(flight.job, view, memory, info.rows, info.traits, flight.compute[1]))
 
     def _remembered(self, client: int) -> Mapping[str, Tensor]:
         return self.spool.get(self.memory[client]) if client in self.memory else {}
