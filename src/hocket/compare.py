@@ -236,7 +236,7 @@ def summary(study: Study, chosen: Mapping[str, Chosen], runner: Runner) -> dict[
             "curves": [by_seed[s]["curve"] for s in study.seeds],
             **{k: [by_seed[s][k] for s in study.seeds] for k in ("moved", "clients", "groups", "jobs")},
             **{k: [by_seed[s][k] for s in study.seeds] for k in ("error", "effective_rank")},
-            "client_memory": _memory(next(iter(study.runs(chosen[name].variant, chosen[name].rate).values()))),
+            "client_memory": client_memory(next(iter(study.runs(chosen[name].variant, chosen[name].rate).values()))),
             "reached": [first(by_seed[s]["curve"], goal[s]) for s in study.seeds],
             "reached_bytes": [
                 first([(x, y) for x, (_, y) in zip(by_seed[s]["moved"], by_seed[s]["curve"], strict=True)], goal[s])
@@ -261,7 +261,7 @@ def _on_own_rows(result: Mapping[str, Any]) -> dict[str, Any]:
     return {**result, **scores, **unknown, "heldout_rows": result["clients_n"]}
 
 
-def _memory(recipe: Recipe) -> list[int]:
+def client_memory(recipe: Recipe) -> list[int]:
     """Bytes that the least and the most demanding client need, by the plan."""
     from hocket.plan import plan
 
