@@ -193,6 +193,10 @@ class Server:
         """The client can be asked from now on."""
         self.online.add(client)
 
+    def holds(self, client: int, version: int) -> None:
+        """The client says which version it holds; below 0, or one that there is not: nothing."""
+        self.held[client] = self.confirmed[client] = version if 0 <= version <= self.version else -1
+
     def left(self, client: int) -> list[Job]:
         """The client cannot be reached any more; its open jobs, which the engine should report lost."""
         self.online.discard(client)

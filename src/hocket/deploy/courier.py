@@ -1,0 +1,79 @@
+"""What runs in Flower's process for each message at a site: no torch, no model, only files and a socket.
+
+Flower starts a process per message and kills it when it likes, so all that lasts is in the worker (see
+`hocket.deploy.worker`): this hands it a request as JSON over a Unix socket that only the site's own user can open, and
+takes what it says back. Payloads are files in the site's folder, written and read a part at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any
+
+SOCKET, KEY = "worker.sock", "worker.key"
+
+
+class NoWorker(Exception):
+    """Nobody answers at the socket: the worker is not running (yet, or any more)."""
+
+
+def ask(folder: Path, question: dict[str, Any]) -> dict[str, Any]:
+    """The worker's answer.
+
+    Raises:
+        NoWorker: there is none, or it died before it answered.
+    """
+    try:
+        with Client(str(folder / SOCKET), "AF_UNIX", authkey=(folder / KEY).read_bytes()) as line:
+            say(line, question)
+            return hear(line)
+    except (OSError, EOFError, ValueError) as error:
+        raise NoWorker(f"no worker answers in '{folder}' ({type(error).__name__}: {error}); start `hocket join`") from error
+
+
+def say(line: Connection, what: dict[str, Any]) -> None:
+    """Send JSON; never a pickled object."""
+    line.send_bytes(json.dumps(what, separators=(",", ":")).encode())
+
+
+def hear(line: Connection) -> dict[str, Any]:
+    """Receive JSON. Raises `ValueError` for anything else."""
+    found = json.loads(line.recv_bytes(1 << 30))
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
+
+
+def store(path: Path, offset: int, data: bytes, last: bool) -> None:
+    """Write a part of a packet at its place; with the last one the file gets its name. Parts may come twice.
+
+    Raises:
+        ValueError: a part before this one is missing.
+        OSError: the disk is full.
+    """
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        return
+    size = part.stat().st_size if part.exists() else 0
+    if offset > size:
+        raise ValueError(f"'{part.name}' has {size} bytes, and a part from {offset} on came; send it from the start")
+    with part.open("r+b" if part.exists() else "wb") as f:
+        f.seek(offset)
+        f.write(data)
+        f.truncate()
+        if last:
+            f.flush()
+            os.fsync(f.fileno())
+    if last:
+        part.replace(path)
+
+
+def fetch(path: Path, offset: int, count: int) -> bytes:
+    """A part of a packet."""
+    with path.open("rb") as f:
+        f.seek(offset)
+        return f.read(count)

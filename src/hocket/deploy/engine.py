@@ -1,0 +1,364 @@
+"""The engine on real machines: the same server, methods, schedules and codecs as on the virtual clock, over a link.
+
+    a site joins, leaves, answers, fails  ->  the server hears of it, steps, and asks  ->  messages to sites
+
+Every job's download is a packet in the spool, and every upload one in the inbox before the server hears of it, so a
+process that was killed goes on from its last checkpoint without losing or counting twice what arrived since. Deadlines
+are ours, from the moment of asking. The ledger has the rows of a simulated run, with seconds of the wall, and
+`hocket.deploy.replay` makes the same model from the order of its events.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hocket import wire
+from hocket.codecs import Codec
+from hocket.deploy.nouns import Answered, Ask, Event, Failed, Joined, Left, Link, Request
+from hocket.deploy.site import job_of, plain
+from hocket.errors import Interrupted, RunError, StoreError, WireError
+from hocket.evaluations import Evaluations
+from hocket.ledger import Ledger
+from hocket.methods import Job, Update
+from hocket.server import Server
+
+log = logging.getLogger(__name__)
+TRIES = 5  # of a message that the link could not carry, before its site's jobs are given up
+
+
+@dataclass
+class Out:
+    """A job that a site was asked for.
+
+    Attributes:
+        asked: second of asking; sent: when its message left, if it did.
+        bytes: of its download.
+        abandoned: the server does not wait for it any more.
+    """
+
+    job: Job
+    asked: float
+    bytes: int
+    sent: float | None = None
+    abandoned: bool = False
+
+
+@dataclass
+class Way:
+    """The way to one site: jobs that it was not sent yet, jobs whose updates have not come, and the message that is
+    open."""
+
+    waiting: list[int] = field(default_factory=list)
+    sent: list[int] = field(default_factory=list)
+    forget: list[int] = field(default_factory=list)
+    request: Request | None = None
+    tries: int = 0
+
+
+class Deployment:
+    """A run over a link.
+
+    Args:
+        server: at version 0, or with a saved state; all clients count as away until they join.
+        link: to the sites.
+        down, up: codecs of the two directions.
+        folder: downloads (`out`) and uploads (`inbox`) as packets.
+        ledger: the record.
+        evaluations: when the model is measured.
+        ready: how many sites must have joined before the first is asked.
+        on_event: called after every event, when the state may be saved; may raise `Interrupted`.
+        patience: seconds without any event or open job after which a run that cannot go on ends with an error.
+    """
+
+    def __init__(
+        self, server: Server, link: Link, down: Codec, up: Codec, folder: Path, ledger: Ledger,
+        evaluations: Evaluations, ready: int = 1, on_event: Callable[[], None] = lambda: None,
+        patience: float = 600.0, now: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.server, self.link, self.down, self.up = server, link, down, up
+        self.ledger, self.evaluations, self.ready, self.on_event = ledger, evaluations, ready, on_event
+        self.outbox, self.inbox = folder / "out", folder / "inbox"
+        for f in (self.outbox, self.inbox):
+            f.mkdir(parents=True, exist_ok=True)
+        self.patience, self._now = patience, now
+        self._origin = now()
+        self.out: dict[int, Out] = {}
+        self.ways: dict[int, Way] = {}
+        self.requests = self.events = 0
+        self.begun = self.finished = False
+        self._spent: list[Path] = []  # of the inbox; deleted once a checkpoint knows of them
+        for c in server.clients:
+            server.left(c)
+
+    @property
+    def t(self) -> float:
+        """Seconds since the run began, over all its processes."""
+        return self._now() - self._origin
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+    def run(self) -> None:
+        """Go on until the server has finished.
+
+        Raises:
+            RunError: nobody is left to ask and nothing is under way.
+            Interrupted: `on_event` or an evaluation was asked to stop; the state is consistent and can be saved.
+        """
+        self._recover()
+        quiet = self.t
+        while True:
+            self._settle()
+            if self.server.finished:
+                break
+            event = self.link.next(self._timeout())
+            if event is not None:
+                quiet = self.t
+                self._hear(event)
+            self._expire()
+            if not self.out and self.t - quiet > self.patience:
+                raise RunError(f"stuck: no event for {self.patience:.0f} s; {self.server.standstill}")
+            self.events += event is not None
+            self.on_event()
+        self.ledger.add("end", t=self.t, version=self.server.version)
+        self.finished = True
+
+    def _settle(self) -> None:
+        self.begun = self.begun or len(self.server.online) >= self.ready
+        while True:
+            self.evaluations.settle(self.t)
+            record = self.server.step()
+            if record is None:
+                break
+            for job in record.pop("jobs"):
+                self._spent += [self._upload(job), self._told(job)]
+            self.ledger.add("step", t=self.t, **record, **self.ledger.bytes)
+            self.evaluations.stepped()
+        for job in self.server.poll() if self.begun else ():
+            self._ask(job)
+        for client in list(self.ways):
+            self._push(client)
+
+    def _timeout(self) -> float:
+        """Seconds until the next deadline, at most one: `on_event` wants to be asked."""
+        due = [o.asked + o.job.deadline for o in self.out.values() if o.job.deadline is not None and not o.abandoned]
+        return min(1.0, max(0.0, min(due, default=self.t + 1.0) - self.t))
+
+    # --- asking -------------------------------------------------------------------------------------------------
+    def _ask(self, job: Job) -> None:
+        blob = self.down.encode(job.payload)
+        _write(self.outbox / f"{job.id}.hkt", blob)
+        self.out[job.id] = Out(replace(job, payload={}), self.t, len(blob))
+        self.ways.setdefault(job.client, Way()).waiting.append(job.id)
+
+    def _push(self, client: int) -> None:
+        """Send what the site lacks, if no message to it is open."""
+        way = self.ways[client]
+        if way.request is not None or client not in self.server.online or not (way.waiting or way.sent):
+            return
+        asks = tuple(Ask(self.out[j].job, self.outbox / f"{j}.hkt") for j in way.waiting)
+        way.sent, way.waiting = way.sent + way.waiting, []
+        way.request = Request(self.requests, client, asks, way.sent[0], tuple(way.forget))
+        way.forget, way.tries = [], 0
+        self.requests += 1
+        for a in asks:
+            self.out[a.job.id].sent = self.t
+        self.link.send(way.request)
+
+    # --- hearing ------------------------------------------------------------------------------------------------
+    def _hear(self, event: Event) -> None:
+        match event:
+            case Joined(client, hello):
+                self._joined(client, hello)
+            case Left(client):
+                self._left(client)
+            case Answered():
+                self._answered(event)
+            case Failed():
+                self._failed(event)
+
+    def _joined(self, client: int, hello: Mapping[str, Any]) -> None:
+        if client not in self.server.clients:
+            log.warning("a site that calls itself client %s is not of this run", client)
+            return
+        if client in self.server.online:  # it was away for less time than it takes to notice
+            self._left(client)
+        self.server.holds(client, int(hello.get("version", -1)))
+        self.server.joined(client)
+        self.ledger.add("join", t=self.t, client=client)
+
+    def _left(self, client: int) -> None:
+        if client not in self.server.online:
+            return
+        self.server.left(client)
+        self._drop(client, "offline")
+        self.ledger.add("leave", t=self.t, client=client)
+
+    def _drop(self, client: int, reason: str) -> None:
+        """All of a site's jobs are lost."""
+        way = self.ways.pop(client, Way())
+        for j in (*way.sent, *way.waiting):
+            self._lose(j, reason)
+
+    def _lose(self, job: int, reason: str) -> None:
+        out = self.out.pop(job)
+        (self.outbox / f"{job}.hkt").unlink(missing_ok=True)
+        if not out.abandoned:
+            self.server.lost(out.job)
+            self._note_lost(out.job, reason)
+
+    def _note_lost(self, job: Job, reason: str) -> None:
+        self.ledger.add("lost", t=self.t, client=job.client, job=job.id, turn=job.turn, reason=reason)
+
+    def _answered(self, event: Answered) -> None:
+        way, out = self.ways.get(event.client), self.out.get(event.job)
+        if way is not None and way.request is not None and way.request.answer == event.job:
+            way.request = None
+        known = way is not None and out is not None and event.job in way.sent
+        if way is None or out is None or not known or not _same(event.told, out.job):
+            event.packet.unlink(missing_ok=True)  # it came twice, or after its site was given up
+            return
+        packet = self._upload(event.job)
+        if event.packet != packet:
+            event.packet.replace(packet)
+        _write(self._told(event.job), json.dumps(dict(event.told)).encode())
+        self._take(way, out, dict(event.told), packet)
+
+    def _take(self, way: Way, out: Out, told: dict[str, Any], packet: Path) -> None:
+        """Let the server hear of an upload that is in the inbox."""
+        job = out.job
+        way.sent.remove(job.id)
+        way.forget.append(job.id)
+        del self.out[job.id]
+        (self.outbox / f"{job.id}.hkt").unlink(missing_ok=True)
+        size = packet.stat().st_size
+        self._lanes(out, told, size)
+        self.server.computed(job)
+        refused: str | None = "late"
+        if not out.abandoned:
+            try:
+                payload = self.up.decode(wire.Packet(packet))
+                weight, metrics = float(told["weight"]), dict(told["metrics"])
+                update = Update(job.id, job.client, job.version, job.turn, payload, weight, metrics, size)
+                refused = self.server.receive(update)
+            except (WireError, KeyError, TypeError, ValueError) as error:
+                refused = f"rejected: {error}"
+            if refused:
+                self.server.lost(job)
+                self._note_lost(job, refused)
+        if refused:
+            self._spent += [packet, self._told(job.id)]
+
+    def _failed(self, event: Failed) -> None:
+        way = self.ways.get(event.client)
+        if way is None or way.request is None or way.request.id != event.request:
+            return
+        log.warning("client %d: %s", event.client, event.reason)
+        if event.kind == "link" and way.tries < TRIES:
+            way.tries += 1
+            self.link.send(way.request)
+        elif event.kind == "job":
+            job, way.request = way.request.answer, None
+            way.sent.remove(job)
+            way.forget.append(job)
+            self._lose(job, event.reason)
+        else:
+            self._drop(event.client, event.reason)
+            if event.kind == "lost":
+                self.server.holds(event.client, -1)
+
+    def _expire(self) -> None:
+        """Jobs past their deadline: not waited for any more."""
+        for out in list(self.out.values()):
+            job = out.job
+            if job.deadline is None or out.abandoned or self.t < out.asked + job.deadline:
+                continue
+            out.abandoned = True
+            self._note_lost(job, "deadline")
+            if out.sent is None:
+                self.server.lost(job)
+                self.ways[job.client].waiting.remove(job.id)
+                self._lose(job.id, "deadline")
+            else:
+                self.server.late(job)
+
+    def _lanes(self, out: Out, told: Mapping[str, Any], size: int) -> None:
+        """What the job used of its site's lanes. Clocks of sites are not ours: its own seconds are taken from the
+        whole, and the rest is shared between the two directions by their bytes."""
+        now, began = self.t, out.sent or out.asked
+        waited, computed, kept = (max(0.0, float(told.get(k, 0.0))) for k in ("waited", "computed", "kept"))
+        travel = max(0.0, now - began - waited - computed - kept)
+        down = travel * out.bytes / max(1, out.bytes + size)
+        start = min(now, began + down + waited)
+        end = min(now, start + computed)
+        row: dict[str, Any] = {k: getattr(out.job, k) for k in ("client", "turn", "version")} | {"job": out.job.id}
+        metrics = {k: v for k, v in sorted(told.get("metrics", {}).items()) if k in ("loss", "steps", "skipped")}
+        self.ledger.add("down", **row, start=began, end=began + down, bytes=out.bytes)
+        self.ledger.add("compute", **row, start=start, end=end, bytes=0, **metrics)
+        up = {"raw": told.get("raw") or None, "beside": told.get("beside") or None}
+        self.ledger.add("up", **row, start=min(now, end + kept), end=now, bytes=size, **up)
+
+    # --- saving -------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Everything between two events."""
+        outs = [{**vars(o), "job": plain(o.job)} for o in self.out.values()]
+        ways = {c: {"waiting": w.waiting, "sent": w.sent, "forget": w.forget} for c, w in self.ways.items()}
+        return {
+            "server": self.server.state_dict(), "out": outs, "ways": ways, "t": self.t, "requests": self.requests,
+            "events": self.events, "begun": self.begun, "evaluations": self.evaluations.state_dict(),
+            "ledger": self.ledger.state_dict(),
+        }  # fmt: skip
+
+    def saved(self) -> None:
+        """A checkpoint of the state as it is now is on disk: what only an older one needed can go."""
+        for path in self._spent:
+            path.unlink(missing_ok=True)
+        self._spent = []
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Become the deployment that `state_dict` described. Nobody is there until he joins again, and jobs that were
+        out still are: their sites may have done them."""
+        self.ledger.load_totals(saved["ledger"])
+        self.server.load_state_dict(saved["server"], lambda job: self.up.decode(wire.Packet(self._upload(job))))
+        self.out = {o["job"]["id"]: Out(**{**o, "job": job_of(o["job"])}) for o in saved["out"]}
+        self.ways = {int(c): Way(list(w["waiting"]), list(w["sent"]), list(w["forget"])) for c, w in saved["ways"].items()}
+        self.requests, self.events, self.begun = saved["requests"], saved["events"], saved["begun"]
+        self.evaluations.load_state_dict(saved["evaluations"])
+        self._origin = self._now() - saved["t"]
+        for c in self.server.clients:
+            self.server.left(c)
+
+    def _recover(self) -> None:
+        """Hear again what had arrived after the last checkpoint, in the order of arrival."""
+        told = [(p.stat().st_mtime_ns, int(p.stem)) for p in self.inbox.glob("*.json")]
+        for _, job in sorted(told):
+            out, packet, note = self.out.get(job), self._upload(job), json.loads(self._told(job).read_text())
+            if out is not None and packet.exists() and _same(note, out.job):
+                self._take(self.ways[out.job.client], out, note, packet)
+
+    def _upload(self, job: int) -> Path:
+        return self.inbox / f"{job}.hkt"
+
+    def _told(self, job: int) -> Path:
+        return self.inbox / f"{job}.json"
+
+
+def _same(told: Mapping[str, Any], job: Job) -> bool:
+    """Whether what was told is of this job, and not of one that had its id before a server went back to a checkpoint."""
+    return all(told.get(k) == getattr(job, k) for k in ("client", "version", "turn", "visit"))
+
+
+def _write(path: Path, blob: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(blob)
+        part.replace(path)
+    except OSError as error:
+        raise StoreError(f"cannot write '{path}': {error.strerror}; free space, then resume") from error
+
+
+__all__ = ["Deployment", "Interrupted"]

@@ -1,0 +1,233 @@
+"""A site's side of a run: jobs in, updates out, with model, data and memory kept warm in between.
+
+A site does its jobs one after the other in a thread of its own, so the next one is computed while an update travels.
+What has to outlive the process is in its folder: the client's memory (error feedback, its own model), written before an
+update can be asked for. What it holds of the server's model is not: a site that was restarted says so, and is sent it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hocket import wire
+from hocket.client import Setting, work
+from hocket.codecs import Codec
+from hocket.errors import HocketError, StoreError, WireError
+from hocket.methods import Client, Job
+from hocket.tree import Tree
+
+log = logging.getLogger(__name__)
+
+
+class Lost(HocketError):
+    """The site has not got what a job builds on; it must be sent the whole model."""
+
+
+@dataclass
+class _Task:
+    job: Job
+    view: Tree
+    came: float
+    told: dict[str, Any] | None = None
+    failure: str | None = None
+
+
+class Site:
+    """One client of a run.
+
+    Args:
+        setting: what the run's jobs share; its trainer has this site's rows under `client`.
+        start: the start model's view, as the server has it at version 0.
+        down: codec of downloads.
+        client: this site's number in the run.
+        rows: how many it trains on.
+        folder: where memory and updates lie; survives this object.
+        preloaded: whether the start model counts as held.
+    """
+
+    def __init__(
+        self, setting: Setting, start: Tree, down: Codec, client: Client, folder: Path, preloaded: bool = True,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.setting, self.down, self.client, self.folder, self._now = setting, down, client, folder, now
+        folder.mkdir(parents=True, exist_ok=True)
+        state = setting.method.init(start, setting.seed)
+        self._start: Tree = dict(state["params"])
+        first = dict(setting.method.send(state, client, 0)) if preloaded else {}
+        self._held: Tree = self._start | first if preloaded else {}
+        self.version = 0 if preloaded else -1
+        self._tasks: dict[int, _Task] = {}
+        self._queue: list[int] = []
+        self._remembers = self._recall()  # the job that left the memory in force
+        self._change = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+
+    def take(self, job: Job, packet: Path | bytes) -> None:
+        """Queue a job; one that is known already is left as it is.
+
+        Raises:
+            Lost: its payload is a difference to a version that is not held.
+            WireError: the packet is damaged.
+        """
+        with self._change:
+            if self.has(job):
+                return
+            self.forget(job.id)  # another job had this id before the server went back to a checkpoint
+            if job.since is not None and job.since > self.version:
+                raise Lost(f"job {job.id} builds on version {job.since}, and version {self.version} is what is here")
+            view = self._load(job, self.down.decode(packet if isinstance(packet, bytes) else packet.read_bytes()))
+            self._tasks[job.id] = _Task(job, view, self._now())
+            self._queue.append(job.id)
+            self._change.notify_all()
+
+    def has(self, job: Job) -> bool:
+        """Whether this very job is queued or done."""
+        if job.id in self._tasks:
+            return replace(self._tasks[job.id].job, payload={}) == replace(job, payload={})
+        told = json.loads(self._told(job.id).read_text()) if self._told(job.id).exists() else {}
+        return bool(told) and all(told[k] == getattr(job, k) for k in ("client", "version", "turn", "visit"))
+
+    def _load(self, job: Job, payload: Mapping[str, Any]) -> Tree:
+        """What is held once the payload has arrived; news of versions that are here already are left out."""
+        method = self.setting.method
+        if method.rebuilds:
+            return method.load(self._start, payload)
+        known = {k for k in payload if (v := k.partition("/")[0]).isdigit() and "/" in k and int(v) <= self.version}
+        news = {k: payload[k] for k in payload if k not in known}
+        self._held = method.load(self._held, news)
+        self.version = max(job.version, self.version)
+        return self._held
+
+    def answer(self, job: int, timeout: float | None = None) -> tuple[dict[str, Any], Path] | None:
+        """A job's update, waiting for it: what to tell beside it, and the packet's file; None after `timeout` seconds.
+
+        Raises:
+            Lost: the job is not known here.
+            HocketError: the job failed; it would again.
+        """
+        with self._change:
+            if job not in self._tasks and not self._told(job).exists():
+                raise Lost(f"job {job} is not known here")
+            if not self._change.wait_for(lambda: self._done(job), timeout):
+                return None
+            if (task := self._tasks.get(job)) is not None and task.failure:
+                raise HocketError(task.failure)
+            told = json.loads(self._told(job).read_text())
+            if task is not None and "ended" in (task.told or {}):
+                told["kept"] = self._now() - task.told["ended"]
+            return told, self._packet(job)
+
+    def forget(self, *jobs: int) -> None:
+        """These updates have been taken in, or are not wanted: free what they use. A job under way is finished."""
+        with self._change:
+            for job in jobs:
+                self._queue = [j for j in self._queue if j != job]
+                self._tasks.pop(job, None)
+                self._told(job).unlink(missing_ok=True)
+                self._packet(job).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Stop after the job under way."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+        self._thread.join()
+
+    def _done(self, job: int) -> bool:
+        task = self._tasks.get(job)
+        return self._closed or self._told(job).exists() or (task is not None and task.failure is not None)
+
+    def _told(self, job: int) -> Path:
+        return self.folder / f"update-{job}.json"
+
+    def _packet(self, job: int) -> Path:
+        return self.folder / f"update-{job}.hkt"
+
+    def _loop(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: bool(self._queue) or self._closed)
+                if self._closed:
+                    return
+                task = self._tasks[self._queue[0]]
+            self._do(task)
+            with self._change:
+                self._queue = [j for j in self._queue if j != task.job.id]
+                self._change.notify_all()
+
+    def _do(self, task: _Task) -> None:
+        job, began = task.job, self._now()
+        try:
+            result = work(self.setting, job, task.view, self.memory(), self.client.rows, self.client.traits)
+            ended = self._now()
+            told = {
+                **{k: getattr(job, k) for k in ("client", "version", "turn", "visit")}, "weight": result.weight, "metrics": result.metrics, "raw": result.raw, "beside": result.beside,
+                "waited": began - task.came, "computed": ended - began, "kept": 0.0,
+            }  # fmt: skip
+            self._write(self._memory(job.id), wire.pack(result.memory))
+            self._write(self._packet(job.id), result.blob)
+            self._write(self._told(job.id), json.dumps(told).encode())  # with it, all of this counts
+            before, self._remembers = self._remembers, job.id
+            self._write(self.folder / "memory.json", json.dumps(job.id).encode())
+            if before is not None:
+                self._memory(before).unlink(missing_ok=True)
+            task.told = told | {"ended": ended}
+        except HocketError as error:
+            task.failure = str(error)
+        except Exception as error:  # whatever it is, the server must hear of it instead of waiting
+            log.exception("job %d failed", job.id)
+            task.failure = f"{type(error).__name__}: {error}"
+        task.view = {}
+
+    def memory(self) -> Mapping[str, Any]:
+        """The client's private tensors.
+
+        Raises:
+            StoreError: their file is damaged.
+        """
+        if self._remembers is None:
+            return {}
+        path = self._memory(self._remembers)
+        try:
+            return dict(wire.Packet(path))
+        except (OSError, WireError) as error:
+            raise StoreError(
+                f"'{path}': {error}; delete '{self.folder}' to go on without what this client remembers"
+            ) from error
+
+    def _memory(self, job: int) -> Path:
+        return self.folder / f"memory-{job}.hkt"
+
+    def _recall(self) -> int | None:
+        """The last job whose update was whole when an earlier process ended."""
+        noted = self.folder / "memory.json"
+        jobs = [int(p.stem.removeprefix("update-")) for p in self.folder.glob("update-*.json")]
+        return max([*jobs, *([json.loads(noted.read_text())] if noted.exists() else [])], default=None)
+
+    def _write(self, path: Path, blob: bytes) -> None:
+        """Whole or not at all."""
+        part = path.with_name(path.name + ".part")
+        try:
+            part.write_bytes(blob)
+            part.replace(path)
+        except OSError as error:
+            raise StoreError(f"cannot write '{path}': {error.strerror}; free space at the site") from error
+
+
+def plain(job: Job) -> dict[str, Any]:
+    """A job as JSON, without its payload."""
+    return {k: v for k, v in vars(job).items() if k != "payload"}
+
+
+def job_of(saved: Mapping[str, Any]) -> Job:
+    """The inverse of `plain`."""
+    return replace(Job(**{**saved, "own": ()}), own=tuple(saved["own"]))

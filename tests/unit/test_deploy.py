@@ -1,0 +1,97 @@
+"""The engine on real machines, over a link within this process: threads for sites, files for packets."""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from worlds import World, quadratic
+
+from hocket.codecs import codec
+from hocket.client import Setting
+from hocket.deploy.engine import Deployment
+from hocket.deploy.nouns import Answered, Event, Failed, Joined, Left, Request
+from hocket.deploy.site import Lost, Site
+from hocket.errors import HocketError
+from hocket.evaluations import Evaluations
+from hocket.ledger import Ledger
+from hocket.methods import Client
+from hocket.server import Server
+from hocket.tree import digest
+
+
+class Threads:
+    """A link to sites in this process."""
+
+    def __init__(self, sites: dict[int, Site], folder: Path) -> None:
+        self.sites, self.folder = sites, folder
+        self.events: queue.Queue[Event] = queue.Queue()
+        for c, site in sites.items():
+            self.events.put(Joined(c, {"version": site.version}))
+
+    def send(self, request: Request) -> None:
+        threading.Thread(target=self._talk, args=(request,), daemon=True).start()
+
+    def _talk(self, r: Request) -> None:
+        site = self.sites[r.client]
+        try:
+            site.forget(*r.forget)
+            for ask in r.asks:
+                site.take(ask.job, ask.packet)
+            found = site.answer(r.answer)
+            assert found is not None
+            told, path = found
+            copy = self.folder / f"came-{r.client}-{r.id}.hkt"
+            shutil.copy(path, copy)
+            self.events.put(Answered(r.client, r.answer, told, copy))
+        except Lost as error:
+            self.events.put(Failed(r.client, r.id, "lost", str(error)))
+        except HocketError as error:
+            self.events.put(Failed(r.client, r.id, "job", str(error)))
+
+    def next(self, timeout: float | None) -> Event | None:
+        try:
+            return self.events.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def close(self) -> None:
+        for site in self.sites.values():
+            site.close()
+
+
+def worlds(n: int = 3, **more: Any) -> World:
+    return quadratic(clients=n, turns=5, weights=[1, 2, 3], **more)
+
+
+def site(folder: Path, c: int, rows: int, **more: Any) -> Site:
+    w = worlds(**more)
+    server, executor = w.simulation.server, w.simulation.executor
+    setting: Setting = executor.setting  # type: ignore[attr-defined]
+    start = server.state["params"]
+    return Site(setting, start, w.simulation.downlink.codec, Client(c, rows), folder / f"site{c}", server.preloaded)
+
+
+def deploy(tmp: Path, **more: Any) -> tuple[Deployment, Threads]:
+    w = worlds(**more)
+    server = w.simulation.server
+    sites = {c: site(tmp, c, i.rows, **more) for c, i in server.clients.items()}
+    link, ledger = Threads(sites, tmp), Ledger(tmp / "ledger.jsonl")
+    sim = w.simulation
+    return Deployment(server, link, sim.downlink.codec, sim.up, tmp, ledger, Evaluations(None, server, ledger), ready=3), link
+
+
+@pytest.mark.parametrize("preloaded", [True, False])
+@pytest.mark.parametrize("sched", ["sync", "overlap"])
+def test_a_deployed_run_makes_the_model_of_the_simulated_one(tmp_path: Path, sched: str, preloaded: bool) -> None:
+    simulated = worlds(sched=sched, preloaded=preloaded)
+    simulated.simulation.run()
+    deployed, link = deploy(tmp_path, sched=sched, preloaded=preloaded)
+    deployed.run()
+    link.close()
+    assert digest(deployed.server.state["params"]) == digest(simulated.simulation.server.state["params"])
