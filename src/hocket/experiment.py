@@ -55,13 +55,17 @@ class Experiment:
         recipe: what to do.
         interrupted: asked before every local step and every batch of an evaluation; when it says yes, the work stops
             with `Interrupted`.
+        prepare: what rows there are on this machine; all clients' and the held-out ones, unless it is one of several.
 
     Attributes:
         view, tokenizer, data, trainer: the live objects.
         method, schedule, up, down: the values.
     """
 
-    def __init__(self, recipe: Recipe, interrupted: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, recipe: Recipe, interrupted: Callable[[], bool] = lambda: False,
+        prepare: Callable[[Recipe, Any], data.Prepared] = prepare,
+    ) -> None:  # fmt: skip
         self.recipe = recipe
         if recipe.engine.threads:
             torch.set_num_threads(recipe.engine.threads)

@@ -32,6 +32,7 @@ from hocket.sections import (
     ClientsSection,
     CodecSection,
     DataSection,
+    DeploymentSection,
     EngineSection,
     EvaluationSection,
     ModelSection,
@@ -73,6 +74,7 @@ class Recipe(Section):
     clients: ClientsSection = Field(default_factory=lambda: ClientsSection.model_validate({}))
     evaluation: EvaluationSection = Field(default_factory=lambda: EvaluationSection.model_validate({}))
     engine: EngineSection = Field(default_factory=lambda: EngineSection.model_validate({}))
+    deployment: DeploymentSection = Field(default_factory=lambda: DeploymentSection.model_validate({}))
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
@@ -191,7 +193,7 @@ class Recipe(Section):
     def hash(self) -> str:
         """16 hex digits of everything that can change a result."""
         engine = {"executor", "workers", "gpus", "address", "checkpoint_every", "tensorboard"}
-        plain = self.model_dump(mode="json", exclude={"name": True, "engine": engine})
+        plain = self.model_dump(mode="json", exclude={"name": True, "deployment": True, "engine": engine})
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_toml(self) -> str:

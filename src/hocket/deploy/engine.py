@@ -187,6 +187,8 @@ class Deployment:
             return
         if client in self.server.online:  # it was away for less time than it takes to notice
             self._left(client)
+        known = self.server.clients[client]
+        self.server.clients[client] = replace(known, rows=int(hello.get("rows", known.rows)))
         self.server.holds(client, int(hello.get("version", -1)))
         self.server.joined(client)
         self.ledger.add("join", t=self.t, client=client)

@@ -96,11 +96,12 @@ class Worker:
                 return {"failed": "lost", "reason": "this run is not open here"}
             if question.get("op") == "take":
                 site.forget(*question["forget"])
-                for ask in question["asks"]:
-                    path = self.path(str(question["run"]), int(ask["id"]))
-                    if not site.has(job_of(ask)) and not path.exists():
-                        raise Lost(f"the packet of job {ask['id']} is not here")
-                    site.take(job_of(ask), path)
+                for job in map(job_of, question["asks"]):
+                    path = self.path(str(question["run"]), job.id)
+                    if not site.has(job):
+                        if not path.exists():
+                            raise Lost(f"the packet of job {job.id} is not here")
+                        site.take(job, path)
                     path.unlink(missing_ok=True)
                 return {}
             if question.get("op") == "answer":

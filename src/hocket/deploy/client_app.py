@@ -1,0 +1,88 @@
+"""A site's Flower app: hands each message to the worker beside it. Installed with hocket; a run ships no code but this.
+
+Heads of messages, by `op`:
+
+    hello  {run, recipe, client}               -> {name} without `client`; {name, rows, version} with it
+    part   {run, job, offset, last} + bytes    -> {}
+    do     {run, asks, packets, forget, job, timeout, part} + packets, one after the other, if they fit into one part
+                                               -> {told, size} + the first bytes of the upload, or {wait}
+    fetch  {run, job, offset, part}            -> {} + bytes
+
+and {failed, reason} for what cannot be done (see `hocket.deploy.nouns.Failed`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hocket.deploy import courier
+
+FOLDER = "HOCKET_SITE"
+"""Environment variable: the site's folder, where its worker listens. Flower's `--node-config site=...` names the site."""
+
+
+def handle(head: Mapping[str, Any], body: bytes | None, folder: Path, name: str) -> tuple[dict[str, Any], bytes | None]:
+    """The answer to a message: its head and its bytes."""
+    try:
+        op, run = str(head["op"]), str(head["run"])
+        if not run or not all(c.isalnum() or c in "-_" for c in run):
+            raise ValueError(f"'{run}' is no name of a run")
+        here = folder / "runs" / run
+        if op == "hello":
+            if "client" not in head:
+                return {"name": name}, None
+            opened = courier.ask(folder, {"op": "open", **{k: head[k] for k in ("run", "recipe", "client")}})
+            return opened | {"name": name}, None
+        if op == "part":
+            courier.store(here / f"down-{int(head['job'])}.hkt", int(head["offset"]), body or b"", bool(head["last"]))
+            return {}, None
+        if op == "fetch":
+            return {}, courier.fetch(here / f"update-{int(head['job'])}.hkt", int(head["offset"]), int(head["part"]))
+        if op == "do":
+            at = 0
+            for job, size in head["packets"]:
+                courier.store(here / f"down-{int(job)}.hkt", 0, (body or b"")[at : at + int(size)], last=True)
+                at += int(size)
+            if head["asks"] or head["forget"]:
+                taken = courier.ask(folder, {k: head[k] for k in ("run", "asks", "forget")} | {"op": "take"})
+                if "failed" in taken:
+                    return taken, None
+            question = {k: head[k] for k in ("run", "job", "timeout")} | {"op": "answer"}
+            found = courier.ask(folder, question)
+            if "size" not in found:
+                return found, None
+            first = courier.fetch(here / f"update-{int(head['job'])}.hkt", 0, int(head["part"]))
+            return {k: found[k] for k in ("told", "size")}, first
+        return {"failed": "job", "reason": f"unknown message '{op}'; do server and site have the same hocket?"}, None
+    except courier.NoWorker as error:
+        return {"failed": "link", "reason": str(error)}, None
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        return {"failed": "job", "reason": f"{type(error).__name__}: {error}"}, None
+
+
+def make() -> Any:
+    """The app, for the three lines that Flower ships."""
+    from flwr.app import Context, Message
+    from flwr.clientapp import ClientApp
+
+    from hocket.deploy.messages import content, read
+
+    app = ClientApp()
+
+    @app.train()  # type: ignore[untyped-decorator]
+    def train(message: Message, context: Context) -> Message:
+        folder = os.environ.get(FOLDER) or str(context.node_config.get("folder", ""))
+        name = str(context.node_config.get("site", ""))
+        if not folder:
+            answer: tuple[dict[str, Any], bytes | None] = (
+                {"failed": "job", "reason": f"this node knows no folder: start it with {FOLDER} set"}, None
+            )  # fmt: skip
+        else:
+            head, body = read(message.content)
+            answer = handle(head, body, Path(folder), name)
+        return Message(content(*answer), reply_to=message)
+
+    return app

@@ -1,0 +1,206 @@
+"""A link over Flower's public API: one conversation for each site, each in a thread of its own.
+
+A thread waits for one message at a time, so a slow site's upload never holds up what others have sent (a reply is
+announced before its bytes are there, and whoever asks for several waits for all). Payloads go in parts, so memory is
+bounded by a part whatever the size of a model. A message that takes long is asked for again and again with short
+waits: Flower keeps none for longer than we look after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from hocket.deploy.messages import content, read
+from hocket.deploy.nouns import Answered, Ask, Event, Failed, Joined, Left, Request
+from hocket.deploy.site import plain
+
+log = logging.getLogger(__name__)
+
+
+class Gone(Exception):
+    """The site cannot be reached."""
+
+
+class FlowerLink:
+    """Sites that are connected to a SuperLink.
+
+    Args:
+        grid: of the server app.
+        run: the run's name, the same after a restart.
+        recipe: what sites need of it, in TOML.
+        sites: their names; a site's place is its client number.
+        folder: where uploads arrive.
+        part: bytes of a packet in one message.
+        poll: seconds between looks for a reply.
+        patience: seconds a message may take before it counts as lost; a site's answer may take longer, in several.
+    """
+
+    def __init__(
+        self, grid: Grid, run: str, recipe: str, sites: Sequence[str], folder: Path, part: int = 64 << 20,
+        poll: float = 0.1, patience: float = 300.0,
+    ) -> None:  # fmt: skip
+        self.grid, self.run, self.recipe, self.sites, self.folder = grid, run, recipe, list(sites), folder
+        self.part, self.poll, self.patience = part, poll, patience
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events: queue.Queue[Event] = queue.Queue()
+        self._todo: dict[int, queue.Queue[Request | None]] = {}  # by client
+        self._nodes: dict[int, int] = {}  # client -> node
+        self._known: set[int] = set()
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def send(self, request: Request) -> None:
+        with self._lock:
+            todo = self._todo.get(request.client)
+        if todo is None:
+            self._events.put(Failed(request.client, request.id, "link", "its site is not connected"))
+        else:
+            todo.put(request)
+
+    def next(self, timeout: float | None) -> Event | None:
+        try:
+            return self._events.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def close(self) -> None:
+        self._closed.set()
+        with self._lock:
+            for todo in self._todo.values():
+                todo.put(None)
+
+    # --- who is there -------------------------------------------------------------------------------------------
+    def _watch(self) -> None:
+        while not self._closed.wait(1.0):
+            try:
+                now = set(self.grid.get_node_ids())
+            except Exception as error:  # the SuperLink is restarting
+                log.warning("cannot ask who is connected: %s", error)
+                continue
+            for node in now - self._known:
+                threading.Thread(target=self._meet, args=(node,), daemon=True).start()
+            for node in self._known - now:
+                self._lose(node)
+            self._known = now
+
+    def _lose(self, node: int) -> None:
+        with self._lock:
+            gone = [c for c, n in self._nodes.items() if n == node]
+            for c in gone:
+                del self._nodes[c]
+                self._todo.pop(c).put(None)
+        for c in gone:
+            self._events.put(Left(c))
+
+    def _meet(self, node: int) -> None:
+        """Learn which site a node is, have it open the run, and begin its conversation."""
+        try:
+            name = self._say(node, {"op": "hello", "run": self.run})[0].get("name", "")
+            if name not in self.sites:
+                log.warning("node %d calls itself '%s', which is no site of this run", node, name)
+                return
+            client = self.sites.index(name)
+            hello: dict[str, Any] = {"failed": "link"}
+            while hello.get("failed") == "link" and not self._closed.is_set():
+                question = {"op": "hello", "run": self.run, "recipe": self.recipe, "client": client}
+                hello = self._say(node, question, patience=3600.0)[0]
+                if hello.get("failed"):
+                    log.warning("site '%s': %s", name, hello.get("reason"))
+                    time.sleep(5.0)
+            if hello.get("failed"):
+                return
+        except Gone as error:
+            log.warning("node %d: %s", node, error)
+            self._known.discard(node)  # if it is there still, it is met again
+            return
+        with self._lock:
+            if client in self._nodes:
+                log.warning("two nodes call themselves '%s'; the second one is not asked", name)
+                return
+            self._nodes[client] = node
+            todo = self._todo[client] = queue.Queue()
+        self._events.put(Joined(client, {k: hello[k] for k in ("rows", "version") if k in hello}))
+        threading.Thread(target=self._converse, args=(client, node, todo), daemon=True).start()
+
+    # --- talking ------------------------------------------------------------------------------------------------
+    def _converse(self, client: int, node: int, todo: queue.Queue[Request | None]) -> None:
+        while (request := todo.get()) is not None:
+            try:
+                self._events.put(self._serve(client, node, request))
+            except Gone as error:
+                self._events.put(Failed(client, request.id, "link", str(error)))
+            except Exception as error:  # an event for the engine in any case: it waits for one
+                log.exception("site %d", client)
+                self._events.put(Failed(client, request.id, "lost", f"{type(error).__name__}: {error}"))
+
+    def _serve(self, client: int, node: int, r: Request) -> Event:
+        sizes = [a.packet.stat().st_size for a in r.asks]
+        inline = sum(sizes) <= self.part
+        if not inline:
+            for ask in r.asks:
+                self._upload(node, ask)
+        do = {"op": "do", "run": self.run, "job": r.answer, "timeout": self.patience / 2, "part": self.part}
+        packets = [[a.job.id, n] for a, n in zip(r.asks, sizes, strict=True)] if inline else []
+        news = {"asks": [plain(a.job) for a in r.asks], "packets": packets, "forget": r.forget}
+        told, body = self._say(node, do | news, b"".join(a.packet.read_bytes() for a in r.asks) if inline else None)
+        while told.get("wait"):
+            told, body = self._say(node, do | {"asks": [], "packets": [], "forget": []})
+        if "failed" in told:
+            return Failed(client, r.id, str(told["failed"]), str(told.get("reason")))
+        path = self.folder / f"came-{client}-{r.id}.hkt"
+        with path.open("wb") as f:
+            at = f.write(body or b"")
+            while at < int(told["size"]):
+                head = {"op": "fetch", "run": self.run, "job": r.answer, "offset": at, "part": self.part}
+                more, body = self._say(node, head)
+                if "failed" in more or not body:
+                    raise Gone(str(more.get("reason", "an upload ends before its end")))
+                at += f.write(body)
+        return Answered(client, r.answer, told["told"], path)
+
+    def _upload(self, node: int, ask: Ask) -> None:
+        """A packet in parts, each read when the one before has arrived."""
+        size = ask.packet.stat().st_size
+        with ask.packet.open("rb") as f:
+            for offset in range(0, max(size, 1), self.part):
+                head = {"op": "part", "run": self.run, "job": ask.job.id, "offset": offset}
+                told = self._say(node, head | {"last": offset + self.part >= size}, f.read(self.part))[0]
+                if "failed" in told:
+                    raise Gone(str(told.get("reason")))
+
+    def _say(
+        self, node: int, head: dict[str, Any], body: bytes | None = None, patience: float | None = None
+    ) -> tuple[dict[str, Any], bytes | None]:
+        """Send one message and wait for its reply. Raises `Gone`."""
+        patience = patience or self.patience
+        message = Message(content(head, body), dst_node_id=node, message_type="train", ttl=patience)
+        try:
+            (key,) = list(self.grid.push_messages([message]))
+        except Exception as error:
+            raise Gone(f"cannot send: {error}") from error
+        if not key:
+            raise Gone("its node is not connected")
+        until = time.monotonic() + patience
+        while time.monotonic() < until and not self._closed.is_set():
+            try:
+                found = list(self.grid.pull_messages([key]))
+            except Exception as error:  # the SuperLink is restarting
+                log.warning("cannot look for a reply: %s", error)
+                found = []
+            if found:
+                if found[0].has_error():
+                    raise Gone(str(found[0].error.reason))
+                return read(found[0].content)
+            time.sleep(self.poll)
+        raise Gone("no answer in time")
+
