@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hocket import cli_deploy
 from hocket.errors import HocketError, Interrupted
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Models that can be fetched by name.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+cli_deploy.add(app)
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 

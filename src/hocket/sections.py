@@ -203,10 +203,18 @@ class EngineSection(Section):
 class DeploymentSection(Section):
     """Machines of different owners; a simulation takes no notice of it."""
 
-    sites: list[str] = Field(default_factory=list, description="names of the sites; a site's place is its client number")
-    ready: Annotated[int | None, Field(ge=1, description="sites that must be there before the first turn; none: all")] = None
-    part_mb: float = Field(64.0, gt=0, description="megabytes of a packet in one message; memory is about four times that")
+    sites: list[str] = Field(
+        default_factory=list, description="names of the sites; a site's place is its client number"
+    )
+    ready: Annotated[
+        int | None, Field(ge=1, description="sites that must be there before the first turn; none: all")
+    ] = None
+    part_mb: float = Field(
+        64.0, gt=0, description="megabytes of a packet in one message; memory is about four times that"
+    )
     patience: float = Field(300.0, ge=1, description="seconds a message may go unanswered before it is sent again")
     standstill: float = Field(
-        3600.0, ge=1, description="seconds without a site to ask and without news after which the run ends with an error"
+        3600.0,
+        ge=1,
+        description="seconds without a site to ask and without news after which the run ends with an error",
     )

@@ -12,16 +12,13 @@ import pytest
 import torch
 from worlds import World, language, quadratic
 
-from hocket.codecs import codec
 from hocket.client import Setting
 from hocket.deploy.engine import Deployment
-from hocket.deploy.nouns import Answered, Event, Failed, Joined, Left, Request
+from hocket.deploy.nouns import Answered, Event, Failed, Joined, Request
 from hocket.deploy.site import Lost, Site
 from hocket.errors import HocketError
 from hocket.evaluations import Evaluations
 from hocket.ledger import Ledger
-from hocket.methods import Client
-from hocket.server import Server
 from hocket.tree import digest
 
 
@@ -86,7 +83,9 @@ def deploy(tmp: Path, **more: Any) -> tuple[Deployment, Threads]:
     sites = {c: site(tmp, c, i.rows, **more) for c, i in server.clients.items()}
     link, ledger = Threads(sites, tmp), Ledger(tmp / "ledger.jsonl")
     sim = w.simulation
-    return Deployment(server, link, sim.downlink.codec, sim.up, tmp, ledger, Evaluations(None, server, ledger), ready=3), link
+    return Deployment(
+        server, link, sim.downlink.codec, sim.up, tmp, ledger, Evaluations(None, server, ledger), ready=3
+    ), link
 
 
 @pytest.mark.parametrize("preloaded", [True, False])

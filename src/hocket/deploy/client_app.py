@@ -21,7 +21,7 @@ from typing import Any
 from hocket.deploy import courier
 
 FOLDER = "HOCKET_SITE"
-"""Environment variable: the site's folder, where its worker listens. Flower's `--node-config site=...` names the site."""
+"""Environment variable: the site's folder, where its worker listens. Flower's `--node-config site=...` names it."""
 
 
 def handle(head: Mapping[str, Any], body: bytes | None, folder: Path, name: str) -> tuple[dict[str, Any], bytes | None]:
@@ -72,7 +72,7 @@ def make() -> Any:
 
     app = ClientApp()
 
-    @app.train()  # type: ignore[untyped-decorator]
+    @app.train()
     def train(message: Message, context: Context) -> Message:
         folder = os.environ.get(FOLDER) or str(context.node_config.get("folder", ""))
         name = str(context.node_config.get("site", ""))

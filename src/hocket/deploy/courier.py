@@ -31,7 +31,9 @@ def ask(folder: Path, question: dict[str, Any]) -> dict[str, Any]:
             say(line, question)
             return hear(line)
     except (OSError, EOFError, ValueError) as error:
-        raise NoWorker(f"no worker answers in '{folder}' ({type(error).__name__}: {error}); start `hocket join`") from error
+        raise NoWorker(
+            f"no worker answers in '{folder}' ({type(error).__name__}: {error}); start `hocket join`"
+        ) from error
 
 
 def say(line: Connection, what: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from hocket import wire
 from hocket.codecs import Codec
 from hocket.deploy.nouns import Answered, Ask, Event, Failed, Joined, Left, Link, Request
 from hocket.deploy.site import job_of, plain
-from hocket.errors import Interrupted, RunError, StoreError, WireError
+from hocket.deploy.ways import Out, Way, uses
+from hocket.errors import RunError, StoreError, WireError
 from hocket.evaluations import Evaluations
 from hocket.ledger import Ledger
 from hocket.methods import Job, Update
@@ -30,35 +31,6 @@ from hocket.server import Server
 
 log = logging.getLogger(__name__)
 TRIES = 5  # of a message that the link could not carry, before its site's jobs are given up
-
-
-@dataclass
-class Out:
-    """A job that a site was asked for.
-
-    Attributes:
-        asked: second of asking; sent: when its message left, if it did.
-        bytes: of its download.
-        abandoned: the server does not wait for it any more.
-    """
-
-    job: Job
-    asked: float
-    bytes: int
-    sent: float | None = None
-    abandoned: bool = False
-
-
-@dataclass
-class Way:
-    """The way to one site: jobs that it was not sent yet, jobs whose updates have not come, and the message that is
-    open."""
-
-    waiting: list[int] = field(default_factory=list)
-    sent: list[int] = field(default_factory=list)
-    forget: list[int] = field(default_factory=list)
-    request: Request | None = None
-    tries: int = 0
 
 
 class Deployment:
@@ -238,7 +210,8 @@ class Deployment:
         del self.out[job.id]
         (self.outbox / f"{job.id}.hkt").unlink(missing_ok=True)
         size = packet.stat().st_size
-        self._lanes(out, told, size)
+        for what, row in uses(out, told, size, self.t):
+            self.ledger.add(what, **row)
         self.server.computed(job)
         refused: str | None = "late"
         if not out.abandoned:
@@ -288,22 +261,6 @@ class Deployment:
             else:
                 self.server.late(job)
 
-    def _lanes(self, out: Out, told: Mapping[str, Any], size: int) -> None:
-        """What the job used of its site's lanes. Clocks of sites are not ours: its own seconds are taken from the
-        whole, and the rest is shared between the two directions by their bytes."""
-        now, began = self.t, out.sent or out.asked
-        waited, computed, kept = (max(0.0, float(told.get(k, 0.0))) for k in ("waited", "computed", "kept"))
-        travel = max(0.0, now - began - waited - computed - kept)
-        down = travel * out.bytes / max(1, out.bytes + size)
-        start = min(now, began + down + waited)
-        end = min(now, start + computed)
-        row: dict[str, Any] = {k: getattr(out.job, k) for k in ("client", "turn", "version")} | {"job": out.job.id}
-        metrics = {k: v for k, v in sorted(told.get("metrics", {}).items()) if k in ("loss", "steps", "skipped")}
-        self.ledger.add("down", **row, start=began, end=began + down, bytes=out.bytes)
-        self.ledger.add("compute", **row, start=start, end=end, bytes=0, **metrics)
-        up = {"raw": told.get("raw") or None, "beside": told.get("beside") or None}
-        self.ledger.add("up", **row, start=min(now, end + kept), end=now, bytes=size, **up)
-
     # --- saving -------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """Everything between two events."""
@@ -327,7 +284,9 @@ class Deployment:
         self.ledger.load_totals(saved["ledger"])
         self.server.load_state_dict(saved["server"], lambda job: self.up.decode(wire.Packet(self._upload(job))))
         self.out = {o["job"]["id"]: Out(**{**o, "job": job_of(o["job"])}) for o in saved["out"]}
-        self.ways = {int(c): Way(list(w["waiting"]), list(w["sent"]), list(w["forget"])) for c, w in saved["ways"].items()}
+        self.ways = {
+            int(c): Way(list(w["waiting"]), list(w["sent"]), list(w["forget"])) for c, w in saved["ways"].items()
+        }
         self.requests, self.events, self.begun = saved["requests"], saved["events"], saved["begun"]
         self.evaluations.load_state_dict(saved["evaluations"])
         self._origin = self._now() - saved["t"]
@@ -350,7 +309,7 @@ class Deployment:
 
 
 def _same(told: Mapping[str, Any], job: Job) -> bool:
-    """Whether what was told is of this job, and not of one that had its id before a server went back to a checkpoint."""
+    """Whether what was told is of this job, not of one that had its id before a server went back to a checkpoint."""
     return all(told.get(k) == getattr(job, k) for k in ("client", "version", "turn", "visit"))
 
 
@@ -361,6 +320,3 @@ def _write(path: Path, blob: bytes) -> None:
         part.replace(path)
     except OSError as error:
         raise StoreError(f"cannot write '{path}': {error.strerror}; free space, then resume") from error
-
-
-__all__ = ["Deployment", "Interrupted"]

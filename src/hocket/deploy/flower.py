@@ -203,4 +203,3 @@ class FlowerLink:
                 return read(found[0].content)
             time.sleep(self.poll)
         raise Gone("no answer in time")
-

@@ -33,8 +33,8 @@ def read(records: RecordDict) -> tuple[dict[str, Any], bytes | None]:
         ValueError: this is no message of ours.
     """
     try:
-        head = json.loads(str(records["head"]["json"]))  # type: ignore[index]
-        body = records.pop("body")["bytes"].data if "body" in records else None  # type: ignore[index]
+        head = json.loads(str(records["head"]["json"]))
+        body = records.pop("body")["bytes"].data if "body" in records else None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a message of hocket's: {type(error).__name__}: {error}") from error
     if not isinstance(head, dict):

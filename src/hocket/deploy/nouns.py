@@ -66,8 +66,8 @@ class Answered:
     """A job's update is here.
 
     Attributes:
-        told: `weight`, `metrics`, `raw`, `beside`, and the site's seconds: `waited` from having the job to beginning it,
-            `computed`, and `kept` from its end until the answer began to travel.
+        told: `weight`, `metrics`, `raw`, `beside`, which job it is, and the site's seconds: `waited` from having the
+            job to beginning it, `computed`, and `kept` from its end until the answer began to travel.
         packet: file that holds the upload; the engine takes it away.
     """
 

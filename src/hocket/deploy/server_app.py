@@ -19,7 +19,7 @@ def make() -> Any:
 
     app = ServerApp()
 
-    @app.main()  # type: ignore[untyped-decorator]
+    @app.main()
     def main(grid: Grid, context: Context) -> None:
         logging.getLogger("hocket").setLevel(logging.INFO)
         recipe = recipes.load(Path(str(context.run_config["recipe"])))

@@ -31,7 +31,9 @@ def check(recipe: Recipe) -> None:
             f"deployment.sites: {len(names)} names for clients.count = {recipe.clients.count}; give each site its own"
         )
     if recipe.build_codec("down").differences:
-        raise RecipeError("codec.down: differences to what a site holds are for simulations; use a codec of whole tensors")
+        raise RecipeError(
+            "codec.down: differences to what a site holds are for simulations; use a codec of whole tensors"
+        )
     if recipe.data.client_heldout:
         raise RecipeError("data.client_heldout: a site's rows stay there and are not scored; set it to 0")
 

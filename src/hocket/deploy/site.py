@@ -35,7 +35,7 @@ class _Task:
     job: Job
     view: Tree
     came: float
-    told: dict[str, Any] | None = None
+    ended: float | None = None
     failure: str | None = None
 
 
@@ -122,8 +122,8 @@ class Site:
             if (task := self._tasks.get(job)) is not None and task.failure:
                 raise HocketError(task.failure)
             told = json.loads(self._told(job).read_text())
-            if task is not None and "ended" in (task.told or {}):
-                told["kept"] = self._now() - task.told["ended"]
+            if task is not None and task.ended is not None:
+                told["kept"] = self._now() - task.ended
             return told, self._packet(job)
 
     def forget(self, *jobs: int) -> None:
@@ -169,10 +169,9 @@ class Site:
         try:
             result = work(self.setting, job, task.view, self.memory(), self.client.rows, self.client.traits)
             ended = self._now()
-            told = {
-                **{k: getattr(job, k) for k in ("client", "version", "turn", "visit")}, "weight": result.weight, "metrics": result.metrics, "raw": result.raw, "beside": result.beside,
-                "waited": began - task.came, "computed": ended - began, "kept": 0.0,
-            }  # fmt: skip
+            told: dict[str, Any] = {k: getattr(job, k) for k in ("client", "version", "turn", "visit")}
+            told |= {k: getattr(result, k) for k in ("weight", "metrics", "raw", "beside")}
+            told |= {"waited": began - task.came, "computed": ended - began, "kept": 0.0}
             self._write(self._memory(job.id), wire.pack(result.memory))
             self._write(self._packet(job.id), result.blob)
             self._write(self._told(job.id), json.dumps(told).encode())  # with it, all of this counts
@@ -180,7 +179,7 @@ class Site:
             self._write(self.folder / "memory.json", json.dumps(job.id).encode())
             if before is not None:
                 self._memory(before).unlink(missing_ok=True)
-            task.told = told | {"ended": ended}
+            task.ended = ended
         except HocketError as error:
             task.failure = str(error)
         except Exception as error:  # whatever it is, the server must hear of it instead of waiting

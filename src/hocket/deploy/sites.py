@@ -21,7 +21,7 @@ OWN = ("source", "fields", "limit")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A site's file: `name`, `superlink`, and its private section `[data]`; `[model]` may say where the model lies here.
+    """A site's file: `name`, `superlink`, its private section `[data]`, and where the model lies here if elsewhere.
 
     Raises:
         RecipeError: it is missing, not TOML, or a field is unknown or missing.
@@ -48,8 +48,11 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def opener(site: Mapping[str, Any]) -> Opener:
-    """Opens runs with the site's own data, and its own place of the model, where it has one."""
+def opener(site: Mapping[str, Any], beside: Path) -> Opener:
+    """Opens runs with the site's own data, and its own place of the model, where it has one. Paths are as seen from
+    `beside`, the folder of the site's file."""
+    source = str(site["data"]["source"])
+    source = str(beside / source) if (beside / source).exists() else source
 
     def opens(toml: str, client: int, folder: Path) -> Site:
         recipe = parse(tomllib.loads(toml))
@@ -57,7 +60,7 @@ def opener(site: Mapping[str, Any]) -> Opener:
             if section in site:
                 changed = getattr(recipe, section).model_copy(update=dict(site[section]))
                 recipe = recipe.model_copy(update={section: changed})
-        experiment = Experiment(recipe, prepare=lambda r, tokenizer: _rows(r, tokenizer, client, site))
+        experiment = Experiment(recipe, prepare=lambda r, tokenizer: _rows(r, tokenizer, client, site, source))
         rows = len(experiment.data.clients[client])
         setting = experiment.setting()
         who = recipe.server_clients([rows] * recipe.clients.count)[client]
@@ -67,17 +70,17 @@ def opener(site: Mapping[str, Any]) -> Opener:
     return opens
 
 
-def _rows(recipe: Recipe, tokenizer: Any, client: int, site: Mapping[str, Any]) -> Prepared:
+def _rows(recipe: Recipe, tokenizer: Any, client: int, site: Mapping[str, Any], source: str) -> Prepared:
     d = recipe.data
     try:
         return apart.alone(
-            site["data"]["source"], tokenizer, client, str(site["name"]), task=recipe.model.task, template=d.template,
+            source, tokenizer, client, str(site["name"]), task=recipe.model.task, template=d.template,
             fields=site["data"].get("fields") or d.fields, max_length=d.max_length, packing=d.packing,
             limit=site["data"].get("limit"), seed=recipe.seed,
         )  # fmt: skip
     except HocketError as error:
         # the server hears that something is wrong, not what is in this site's files
-        raise type(error)(str(error).replace(str(site["data"]["source"]), "the site's data")) from error
+        raise type(error)(str(error).replace(source, "the site's data")) from error
 
 
 def shared(recipe: Recipe) -> str:

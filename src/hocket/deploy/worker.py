@@ -2,9 +2,9 @@
 
 It listens on a Unix socket in the site's folder (mode 0600, with a key that only its owner can read) and answers JSON:
 
-    open  {run, recipe, client}            loads the run's model and this site's rows   -> {rows, version}
-    take  {run, asks, forget}              queues jobs; packets are files in its folder -> {}
-    answer {run, job, timeout}             waits for an update                          -> {told, packet, size} or {wait}
+    open  {run, recipe, client}            loads model and this site's rows  -> {rows, version}
+    take  {run, asks, forget}              queues jobs; their packets are files here -> {}
+    answer {run, job, timeout}             waits for an update               -> {told, packet, size} or {wait}
 
 A question that comes again gets the same answer. Rows, paths and the site's data section never leave this process.
 """

@@ -1,0 +1,63 @@
+"""What the engine knows of jobs that are out, and of the ways to the sites that have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hocket.deploy.nouns import Request
+from hocket.methods import Job
+
+
+@dataclass
+class Out:
+    """A job that a site was asked for.
+
+    Attributes:
+        asked: second of asking; sent: when its message left, if it did.
+        bytes: of its download.
+        abandoned: the server does not wait for it any more.
+    """
+
+    job: Job
+    asked: float
+    bytes: int
+    sent: float | None = None
+    abandoned: bool = False
+
+
+@dataclass
+class Way:
+    """The way to one site: jobs that it was not sent yet, jobs whose updates have not come, and the message that is
+    open."""
+
+    waiting: list[int] = field(default_factory=list)
+    sent: list[int] = field(default_factory=list)
+    forget: list[int] = field(default_factory=list)
+    request: Request | None = None
+    tries: int = 0
+
+
+def uses(out: Out, told: Mapping[str, Any], size: int, now: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a job used of its site's lanes, for the ledger. Clocks of sites are not ours: its own seconds are taken from
+    the whole, and the rest is shared between the two directions by their bytes.
+
+    Args:
+        told: see `Answered`.
+        size: bytes of the upload.
+        now: second at which it was here.
+    """
+    began = out.asked if out.sent is None else out.sent
+    waited, computed, kept = (max(0.0, float(told.get(k, 0.0))) for k in ("waited", "computed", "kept"))
+    travel = max(0.0, now - began - waited - computed - kept)
+    down = travel * out.bytes / max(1, out.bytes + size)
+    start = min(now, began + down + waited)
+    end = min(now, start + computed)
+    job = out.job
+    row: dict[str, Any] = {"client": job.client, "job": job.id, "turn": job.turn, "version": job.version}
+    metrics = {k: v for k, v in sorted(told.get("metrics", {}).items()) if k in ("loss", "steps", "skipped")}
+    yield "down", row | {"start": began, "end": began + down, "bytes": out.bytes}
+    yield "compute", row | {"start": start, "end": end, "bytes": 0} | metrics
+    more = {"raw": told.get("raw") or None, "beside": told.get("beside") or None}
+    yield "up", row | {"start": min(now, end + kept), "end": now, "bytes": size} | more
