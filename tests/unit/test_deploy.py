@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import shutil
+import stat
+import subprocess
+import sys
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +18,14 @@ import pytest
 import torch
 from worlds import World, language, quadratic
 
+from hocket import store, wire
 from hocket.client import Setting
+from hocket.deploy import client_app, courier
 from hocket.deploy.engine import Deployment
-from hocket.deploy.nouns import Answered, Event, Failed, Joined, Request
-from hocket.deploy.site import Lost, Site
-from hocket.errors import HocketError
+from hocket.deploy.nouns import Answered, Event, Failed, Joined, Left, Request
+from hocket.deploy.site import Lost, Site, plain
+from hocket.deploy.worker import Worker
+from hocket.errors import HocketError, RunError
 from hocket.evaluations import Evaluations
 from hocket.ledger import Ledger
 from hocket.tree import digest
@@ -69,12 +78,12 @@ def worlds(meth: Any = None, **more: Any) -> World:
     return language(meth=meth, layers=2, steps=2, training=training, **{"turns": 3, **more})
 
 
-def site(folder: Path, c: int, rows: int, **more: Any) -> Site:
+def site(folder: Path, c: int, rows: int, where: Path | None = None, **more: Any) -> Site:
     w = worlds(**more)
     server, executor = w.simulation.server, w.simulation.executor
     setting: Setting = executor.setting  # type: ignore[attr-defined]
     start = server.state["params"]
-    return Site(setting, start, w.simulation.downlink.codec, server.clients[c], folder / f"site{c}", server.preloaded)
+    return Site(setting, start, w.simulation.downlink.codec, server.clients[c], where or folder / f"site{c}", server.preloaded)
 
 
 def deploy(tmp: Path, **more: Any) -> tuple[Deployment, Threads]:
@@ -138,3 +147,229 @@ def test_a_deployed_run_needs_no_order(tmp_path: Path, sched: str) -> None:
     link.close()
     assert deployed.server.finished
     assert all(torch.isfinite(v).all() for v in deployed.server.state["params"].values())
+
+
+class Flaky(Threads):
+    """A link that loses, repeats and spoils what passes, as it is told to."""
+
+    def __init__(self, sites: dict[int, Site], folder: Path, fault: str) -> None:
+        super().__init__(sites, folder)
+        self.fault, self.done = fault, False
+
+    def next(self, timeout: float | None) -> Event | None:
+        event = super().next(timeout)
+        if isinstance(event, Answered) and event.client == 1 and event.told["turn"] == 1 and not self.done:
+            self.done = True
+            if self.fault == "link":
+                return Failed(1, self.last, "link", "the courier died")
+            if self.fault == "lost":
+                return Failed(1, self.last, "lost", "the worker was started anew")
+            if self.fault == "twice":
+                again = self.folder / "again.hkt"
+                shutil.copy(event.packet, again)
+                self.events.put(Answered(1, event.job, event.told, again))
+            if self.fault == "damaged":
+                event.packet.write_bytes(event.packet.read_bytes()[:-7])
+            if self.fault == "nan":
+                old = wire.Packet(event.packet.read_bytes())
+                event.packet.write_bytes(wire.pack({k: v * float("nan") for k, v in old.items()}, old.meta))
+            if self.fault == "weight":
+                return Answered(1, event.job, {**event.told, "weight": "many"}, event.packet)
+            if self.fault == "another job":
+                return Answered(1, event.job, {**event.told, "version": 0}, event.packet)
+            if self.fault == "leaves":
+                self.events.put(Joined(1, {"version": -1}))
+                return Left(1)
+        return event
+
+    def send(self, request: Request) -> None:
+        if request.client == 1:
+            self.last = request.id
+        super().send(request)
+
+
+LOST = {"lost": "started anew", "damaged": "rejected", "nan": "not finite", "weight": "rejected", "leaves": "offline"}
+
+
+@pytest.mark.parametrize("fault", ["link", "twice", *LOST])
+def test_nothing_hangs_and_what_is_refused_is_written_down(tmp_path: Path, fault: str) -> None:
+    simulated = worlds()
+    simulated.simulation.run()
+    deployed, link = deploy(tmp_path)
+    deployed.link = flaky = Flaky(link.sites, tmp_path, fault)
+    rows: list[dict[str, Any]] = []
+    deployed.ledger.listener = rows.append
+    deployed.run()
+    flaky.close()
+    assert flaky.done
+    reasons = [r["reason"] for r in rows if r["what"] == "lost"]
+    if fault in LOST:
+        assert len(reasons) == 1
+        assert LOST[fault] in reasons[0]
+    else:
+        assert not reasons
+        assert digest(deployed.server.state["params"]) == digest(simulated.simulation.server.state["params"])
+    ups = [r["job"] for r in rows if r["what"] == "up"]
+    assert len(ups) == len(set(ups))  # nothing counts twice
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("sched", ["sync", "overlap"])
+@pytest.mark.parametrize("at", [1, 4, 7, 10])
+def test_a_server_that_was_killed_goes_on_from_checkpoint_and_inbox(tmp_path: Path, sched: str, at: int) -> None:
+    """The checkpoint is of the event before, or of three events before; sites kept what they had done."""
+    simulated = worlds(sched=sched)
+    simulated.simulation.run()
+    deployed, link = deploy(tmp_path, sched=sched)
+    saved: list[Any] = []
+
+    def on_event() -> None:
+        if deployed.events in (max(at - 3, 0), at - 1) and (at % 2 or not saved):
+            tensors, skeleton = store.flatten(deployed.state_dict())
+            saved.append((({k: v.clone() for k, v in tensors.items()}), json.loads(json.dumps(skeleton))))
+            deployed.saved()
+        if deployed.events == at:
+            raise Killed
+
+    deployed.on_event = on_event
+    with pytest.raises(Killed):
+        deployed.run()
+    again, fresh = deploy(tmp_path / "unused", sched=sched)
+    fresh.close()
+    again.outbox, again.inbox, again.ledger = deployed.outbox, deployed.inbox, Ledger()
+    again.evaluations.ledger = again.ledger
+    again.link = Threads(link.sites, tmp_path)
+    if saved:
+        again.load_state_dict(store.unflatten(*saved[-1]))
+    again.run()
+    link.close()
+    assert again.server.finished
+    if sched == "sync":  # under overlap, who is asked for what again depends on who came back first
+        assert digest(again.server.state["params"]) == digest(simulated.simulation.server.state["params"])
+
+
+def test_a_site_that_was_started_anew_says_so_and_is_sent_the_model(tmp_path: Path) -> None:
+    simulated = worlds()
+    simulated.simulation.run()
+    deployed, link = deploy(tmp_path)
+
+    def on_event() -> None:
+        if deployed.server.version == 2 and link.sites[2].version == 2:
+            old, rows = link.sites[2], deployed.server.clients[2].rows
+            link.sites[2] = site(tmp_path, 2, rows)
+            threading.Thread(target=old.close).start()
+            link.events.put(Left(2))
+            link.events.put(Joined(2, {"version": -1}))
+
+    deployed.on_event = on_event
+    deployed.run()
+    link.close()
+    assert deployed.server.finished
+
+
+def test_a_late_site_is_not_waited_for(tmp_path: Path) -> None:
+    deployed, link = deploy(tmp_path, sched={"name": "sync", "deadline": 0.4})
+    slow = link.sites[1]
+    take = slow.take
+    slow.take = lambda job, packet: (time.sleep(1.0 if job.turn == 1 else 0), take(job, packet))[1]  # type: ignore
+    rows: list[dict[str, Any]] = []
+    deployed.ledger.listener = rows.append
+    deployed.run()
+    link.close()
+    assert [r["reason"] for r in rows if r["what"] == "lost"].count("deadline") >= 1
+    assert deployed.server.finished
+
+
+def test_nobody_at_all_is_an_error_after_a_while(tmp_path: Path) -> None:
+    deployed, link = deploy(tmp_path)
+    link.close()
+    deployed.link = Threads({}, tmp_path)
+    deployed.patience = 0.2
+    with pytest.raises(RunError, match="stuck"):
+        deployed.run()
+
+
+def test_memory_and_updates_outlive_a_worker(tmp_path: Path) -> None:
+    """Killed after a job, before its update was fetched: the next process has both, and does not do the job again."""
+    w = worlds({"name": "fedsa-lora", "rank": 2})
+    server = w.simulation.server
+    job = next(j for j in server.poll() if j.client == 0)
+    first = site(tmp_path, 0, 3, meth={"name": "fedsa-lora", "rank": 2})
+    first.take(job, w.simulation.downlink.codec.encode(job.payload))
+    told, path = first.answer(job.id) or ({}, Path())
+    blob, memory = path.read_bytes(), {k: v.clone() for k, v in first.memory().items()}
+    second = site(tmp_path, 0, 3, meth={"name": "fedsa-lora", "rank": 2})
+    assert second.has(job)
+    second.take(job, b"")  # known: not even looked at
+    found = second.answer(job.id, 0)
+    assert found is not None
+    assert found[1].read_bytes() == blob
+    assert memory
+    assert all(torch.equal(second.memory()[k], v) for k, v in memory.items())
+    with pytest.raises(Lost):
+        second.answer(99, 0)
+    with pytest.raises(Lost, match="builds on version 7"):
+        second.take(replace(job, id=5, since=7), b"")
+    first.close()
+    second.close()
+
+
+def test_worker_and_courier_talk_json_over_a_socket_of_the_owners_own(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    opened: list[str] = []
+
+    def opens(recipe: str, client: int, where: Path) -> Site:
+        opened.append(recipe)
+        return site(tmp_path, client, 2, where)
+
+    worker = Worker(folder, opens)
+    threading.Thread(target=worker.serve, daemon=True).start()
+    assert stat.S_IMODE((folder / courier.SOCKET).stat().st_mode) == 0o600
+    assert stat.S_IMODE((folder / courier.KEY).stat().st_mode) == 0o600
+    hello = {"op": "hello", "run": "r1", "recipe": 'name = "x"', "client": 1}
+    assert client_app.handle({"op": "hello", "run": "r1"}, None, folder, "b") == ({"name": "b"}, None)
+    told, _ = client_app.handle(hello, None, folder, "b")
+    assert told == {"rows": 2, "version": 0, "name": "b"}
+    client_app.handle(hello, None, folder, "b")
+    assert len(opened) == 1  # asked again, it is the same run
+    w = worlds()
+    job = next(j for j in w.simulation.server.poll() if j.client == 1)
+    blob = w.simulation.downlink.codec.encode(job.payload)
+    do = {"op": "do", "run": "r1", "job": job.id, "timeout": 30, "part": 100, "forget": []}
+    for _ in range(2):  # the courier died after the first time
+        told, body = client_app.handle({**do, "asks": [plain(job)], "packets": [[job.id, len(blob)]]}, blob, folder, "b")
+        assert "told" in told, told
+        assert told["told"]["client"] == 1
+        rest, at = body or b"", 100
+        while at < told["size"]:
+            _, more = client_app.handle({"op": "fetch", "run": "r1", "job": job.id, "offset": at, "part": 100}, None, folder, "b")
+            rest += more or b""
+            at += 100
+        assert set(wire.Packet(rest)) == {"layers.3.w"}  # the block of this turn
+    for bad in ({"op": "fly", "run": "r1"}, {"op": "do", "run": "r1"}, {"op": "do", "run": "../x"}, {}):
+        assert client_app.handle(bad, None, folder, "b")[0]["failed"] == "job"
+    assert client_app.handle({**do, "run": "r2", "asks": [], "packets": []}, None, folder, "b")[0]["failed"] == "lost"
+    (folder / courier.KEY).write_bytes(b"another key")
+    assert client_app.handle(hello, None, folder, "b")[0]["failed"] == "link"
+    worker.close()
+    assert client_app.handle(hello, None, folder, "b")[0]["failed"] == "link"
+
+
+def test_parts_of_a_packet_may_come_twice_but_not_be_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "in" / "down-1.hkt"
+    courier.store(path, 0, b"abc", last=False)
+    courier.store(path, 0, b"abc", last=False)
+    with pytest.raises(ValueError, match="3 bytes"):
+        courier.store(path, 5, b"f", last=True)
+    courier.store(path, 3, b"de", last=True)
+    courier.store(path, 3, b"xx", last=True)
+    assert path.read_bytes() == b"abcde"
+    assert courier.fetch(path, 2, 2) == b"cd"
+
+
+def test_the_courier_knows_no_torch() -> None:
+    code = "import sys, hocket.deploy.client_app; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

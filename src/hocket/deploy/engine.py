@@ -30,6 +30,7 @@ from hocket.methods import Job, Update
 from hocket.server import Server
 
 log = logging.getLogger(__name__)
+REJOIN = 120.0  # seconds that sites have to come back to a server that was started anew
 TRIES = 5  # of a message that the link could not carry, before its site's jobs are given up
 
 
@@ -65,6 +66,8 @@ class Deployment:
         self.requests = self.events = 0
         self.begun = self.finished = False
         self._spent: list[Path] = []  # of the inbox; deleted once a checkpoint knows of them
+        self._missed: set[int] = set()  # who was there before the server was started anew, and has not come back
+        self._patient = 0.0
         for c in server.clients:
             server.left(c)
 
@@ -110,7 +113,9 @@ class Deployment:
                 self._spent += [self._upload(job), self._told(job)]
             self.ledger.add("step", t=self.t, **record, **self.ledger.bytes)
             self.evaluations.stepped()
-        for job in self.server.poll() if self.begun else ():
+        # asked too early, a turn would be of those alone who were quickest to come back
+        waiting = self._missed and self.t < self._patient
+        for job in self.server.poll() if self.begun and not waiting else ():
             self._ask(job)
         for client in list(self.ways):
             self._push(client)
@@ -163,6 +168,7 @@ class Deployment:
         self.server.clients[client] = replace(known, rows=int(hello.get("rows", known.rows)))
         self.server.holds(client, int(hello.get("version", -1)))
         self.server.joined(client)
+        self._missed.discard(client)
         self.ledger.add("join", t=self.t, client=client)
 
     def _left(self, client: int) -> None:
@@ -290,6 +296,7 @@ class Deployment:
         self.requests, self.events, self.begun = saved["requests"], saved["events"], saved["begun"]
         self.evaluations.load_state_dict(saved["evaluations"])
         self._origin = self._now() - saved["t"]
+        self._missed, self._patient = set(self.server.online), self.t + REJOIN
         for c in self.server.clients:
             self.server.left(c)
 

@@ -79,28 +79,33 @@ class Site:
             WireError: the packet is damaged.
         """
         with self._change:
-            if self.has(job):
+            done = self.has(job)
+            if done and (job.version <= self.version or not packet):
                 return
-            self.forget(job.id)  # another job had this id before the server went back to a checkpoint
             if job.since is not None and job.since > self.version:
                 raise Lost(f"job {job.id} builds on version {job.since}, and version {self.version} is what is here")
             view = self._load(job, self.down.decode(packet if isinstance(packet, bytes) else packet.read_bytes()))
+            if done:  # asked again by a server that went back to a checkpoint: what it brought is news all the same
+                return
+            self.forget(job.id)  # another job had this id before the server did
             self._tasks[job.id] = _Task(job, view, self._now())
             self._queue.append(job.id)
             self._change.notify_all()
 
     def has(self, job: Job) -> bool:
-        """Whether this very job is queued or done."""
+        """Whether this very job is queued or done, whatever its payload was a difference to."""
         if job.id in self._tasks:
-            return replace(self._tasks[job.id].job, payload={}) == replace(job, payload={})
+            return _key(vars(self._tasks[job.id].job)) == _key(vars(job))
         told = json.loads(self._told(job.id).read_text()) if self._told(job.id).exists() else {}
-        return bool(told) and all(told[k] == getattr(job, k) for k in ("client", "version", "turn", "visit"))
+        return bool(told) and _key(told) == _key(vars(job))
 
     def _load(self, job: Job, payload: Mapping[str, Any]) -> Tree:
         """What is held once the payload has arrived; news of versions that are here already are left out."""
         method = self.setting.method
         if method.rebuilds:
             return method.load(self._start, payload)
+        if job.since is None or job.since < 0:  # all of it: the server may have gone back to an older version
+            self.version = -1
         known = {k for k in payload if (v := k.partition("/")[0]).isdigit() and "/" in k and int(v) <= self.version}
         news = {k: payload[k] for k in payload if k not in known}
         self._held = method.load(self._held, news)
@@ -169,7 +174,7 @@ class Site:
         try:
             result = work(self.setting, job, task.view, self.memory(), self.client.rows, self.client.traits)
             ended = self._now()
-            told: dict[str, Any] = {k: getattr(job, k) for k in ("client", "version", "turn", "visit")}
+            told: dict[str, Any] = _key(vars(job))
             told |= {k: getattr(result, k) for k in ("weight", "metrics", "raw", "beside")}
             told |= {"waited": began - task.came, "computed": ended - began, "kept": 0.0}
             self._write(self._memory(job.id), wire.pack(result.memory))
@@ -177,7 +182,7 @@ class Site:
             self._write(self._told(job.id), json.dumps(told).encode())  # with it, all of this counts
             before, self._remembers = self._remembers, job.id
             self._write(self.folder / "memory.json", json.dumps(job.id).encode())
-            if before is not None:
+            if before is not None and before != job.id:
                 self._memory(before).unlink(missing_ok=True)
             task.ended = ended
         except HocketError as error:
@@ -220,6 +225,11 @@ class Site:
             part.replace(path)
         except OSError as error:
             raise StoreError(f"cannot write '{path}': {error.strerror}; free space at the site") from error
+
+
+def _key(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What a job's result depends on, beside what its client remembers."""
+    return {k: job[k] for k in ("client", "version", "turn", "visit")}
 
 
 def plain(job: Job) -> dict[str, Any]:

@@ -98,11 +98,11 @@ class Worker:
                 site.forget(*question["forget"])
                 for job in map(job_of, question["asks"]):
                     path = self.path(str(question["run"]), job.id)
-                    if not site.has(job):
-                        if not path.exists():
-                            raise Lost(f"the packet of job {job.id} is not here")
+                    if path.exists():
                         site.take(job, path)
-                    path.unlink(missing_ok=True)
+                        path.unlink()
+                    elif not site.has(job):
+                        raise Lost(f"the packet of job {job.id} is not here")
                 return {}
             if question.get("op") == "answer":
                 found = site.answer(int(question["job"]), float(question["timeout"]))
