@@ -192,6 +192,7 @@ def compare(
 ) -> None:
     """Set recipes side by side: runs what is missing, over seeds, and says which differences are larger than chance."""
     from hocket import compare as comparisons
+    from hocket import results as tables
     from hocket import study
 
     try:
@@ -206,8 +207,8 @@ def compare(
         errors.print("stopped; go on with the same command")
         raise typer.Exit(130) from None
     for name, result in found.items():
-        console.print(f"\n{name}\n{comparisons.table(result)}", markup=False)
-    for path in comparisons.write(found, results or out):
+        console.print(f"\n{name}\n{tables.table(result)}", markup=False)
+    for path in tables.write(found, results or out):
         console.print(f"result: {path}")
 
 

@@ -23,10 +23,8 @@ from typing import Any
 from hocket.errors import HocketError, Interrupted, RecipeError, RunError
 from hocket.recipe import Recipe, parse
 from hocket.report.tables import first
-from hocket.results import paired, table, write
+from hocket.results import paired
 from hocket.study import Study, Variant
-
-__all__ = ["Chosen", "Runner", "compare", "summary", "table", "write"]
 
 Say = Callable[[str], None]
 SCORES = ("accuracy", "f1", "gsm8k", "rouge_l", "peak_memory")

@@ -200,6 +200,7 @@ class EngineSection(Section):
             raise ValueError(f"{value:g} is neither a share of one GPU nor a whole number; use 0.5, 1, 2, ...")
         return value
 
+
 class DeploymentSection(Section):
     """Machines of different owners; a simulation takes no notice of it."""
 
