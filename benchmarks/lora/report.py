@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from figures import between, page, panel  # noqa: E402
 
+from hocket.compare import client_memory  # noqa: E402
 from hocket.results import paired  # noqa: E402
+from hocket.study import gather  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 PAGE, FIGURE = ROOT / "docs" / "unequal-ranks.md", ROOT / "docs" / "unequal-ranks.svg"
@@ -41,18 +43,26 @@ def rounds(row: dict[str, Any]) -> float | None:
     return mean(reached)
 
 
+def planned(result: dict[str, Any]) -> dict[str, list[int]]:
+    """By variant the bytes that the least and the most demanding client need, by the plan as it is now."""
+    (study,) = gather([Path(__file__).parent / f"{result['study']}.toml"])
+    rates = {n: v["rate"] for n, v in result["variants"].items()}
+    return {v.name: client_memory(next(iter(study.runs(v, rates[v.name]).values()))) for v in study.variant}
+
+
 def table(result: dict[str, Any]) -> str:
     """Quality, speed, bytes, memory, and what the aggregation loses."""
+    memory = planned(result)
     versus, count = result["versus"], len(result["seeds"])
     heads = [
         "variant", "rate", "accuracy", "F1", f"loss, mean ± sd of {count}", f"loss minus {versus} (95 %)",
-        f"rounds to {versus}'s loss", "MB to it", "up MB", "down MB", "client memory MB", "aggregation error",
+        f"rounds to {versus}'s loss", "MB to it", "up MB", "down MB", "planned client memory MB", "aggregation error",
         "effective rank",
     ]  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, v in result["variants"].items():
         d = v["difference"]
-        low, high = (b / 1e6 for b in v["client_memory"])
+        low, high = (b / 1e6 for b in memory[name])
         moved = mean(v["reached_bytes"])
         cells = [
             name,
