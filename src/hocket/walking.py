@@ -114,10 +114,11 @@ def walk(trainer: TorchTrainer, local: Local, start: Tree, only: Callable[[str],
                     meter.mark("step")
             if meter:
                 local.metrics.update(_measured(meter, beside, there=i > 0))
+            # a dropped step was computed on its rows too: it counts as one that moved nothing
+            examples += sum(len(b["input_ids"]) if "input_ids" in b else 1 for b in micro)
+            tokens += count
             if point.used:
                 losses.append(sum(value.seen) / max(len(value.seen), 1))
-                examples += sum(len(b["input_ids"]) if "input_ids" in b else 1 for b in micro)
-                tokens += count
             skipped += not point.used
     finally:
         view.model.train(training)

@@ -251,6 +251,7 @@ def test_dropped_steps_are_on_neither_side(bad: float) -> None:
     sent, _, local = run(True)
     assert (local.metrics["skipped"], local.metrics["steps"], fine.metrics["skipped"]) == (1, 5, 0)
     assert math.isfinite(local.metrics["loss"])
+    assert local.metrics["examples"] == fine.metrics["examples"]  # it weighs what it would have
     assert len(sent[SCALARS]) == 5
     kept = [0, 1, 3, 4, 5]
     assert torch.equal(sent[STEPS][:-2], clean[STEPS][:-2][kept])
@@ -278,6 +279,19 @@ def test_a_client_that_dropped_every_step_moves_nothing() -> None:
             "chain", "per_tensor", "feedback") else codec.build("raw")
         assert len(c.decode(c.encode(empty))[SCALARS]) == 0
     assert m.step(state, [update(0, empty)], [1.0])["params"]["w"] is state["params"]["w"]
+
+
+@pytest.mark.parametrize(
+    ("eta", "g", "says"), [(0.1, 2.0, "clip = 1 should have dropped"), (3e38, 0.9, "no finite length"), (0.1, 1.0, None)]
+)
+def test_a_client_cannot_send_what_it_should_have_dropped(eta: float, g: float, says: str | None) -> None:
+    m = method.build(spec(clip=1.0))
+    state = m.init({"w": torch.randn(40, dtype=torch.float32)}, 3)
+    k = torch.tensor([0, 1], dtype=torch.int16)
+    rate = torch.tensor([eta]).view(torch.int16)
+    sent = {STEPS: torch.cat([k, rate]), SCALARS: torch.tensor([g, g])}
+    found = m.check(state, update(0, sent))
+    assert (found is None) if says is None else says in str(found)
 
 
 # --- what travels ---------------------------------------------------------------------------------------------------

@@ -179,6 +179,10 @@ class FedKSeed(Method):
         k, eta, _ = _read(sent)
         if not 0 <= eta < math.inf:
             return f"tensor '{STEPS}' holds the rate {eta}"
+        if len(g) and not math.isfinite(float(g.abs().max().float() * eta * len(g))):
+            return f"tensor '{SCALARS}' holds steps of no finite length at the rate {eta}"
+        if self.clip is not None and len(g) and float(g.abs().max()) > 1.01 * self.clip:  # codecs may round up
+            return f"tensor '{SCALARS}' holds a step that clip = {self.clip:g} should have dropped"
         if len(k) and not 0 <= int(k.min()) <= int(k.max()) < self.directions:
             return f"tensor '{STEPS}' holds an index that is not below {self.directions}"
         return None

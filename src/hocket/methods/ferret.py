@@ -211,7 +211,9 @@ class Ferret(Replay):
             # sums of whole differences: there are no coordinates that a client could be sent instead
             dense = [replace(u, payload=self.effect(self.accept(params, u.payload))) for u in updates]
             return self.untold(state, super().step(state, dense, weights, shares))
-        unit = self.server_lr / sum(shares)
+        if not (total := sum(shares)) > 0:
+            raise ValueError(f"weights of the updates sum to {total}")
+        unit = self.server_lr / total
         news: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
         for i, (u, w) in enumerate(zip(updates, weights, strict=True)):
             gamma, counts, seed = u.payload[GAMMA] * (w * unit), u.payload[COUNTS], u.payload[SEED]
