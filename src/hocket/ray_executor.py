@@ -81,7 +81,8 @@ def connect(ray: Any, address: str | None, workers: int, threads: int, gpus: flo
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **limits)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         where = f"no Ray cluster can be used at '{address}'" if address else "Ray cannot start on this machine"
-        raise RunError(f"engine.address: {where}: {error}") from error
+        hint = "; does it run, and does it ask for a token (RAY_AUTH_MODE=token)?" if address else ""
+        raise RunError(f"engine.address: {where}: {error}{hint}") from error
     finally:
         if threading.current_thread() is threading.main_thread():  # Ray takes SIGTERM; a run stops in its own way
             for n, handler in before.items():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,20 +40,24 @@ WORLDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """The address of a cluster for the whole module, to which this process is connected."""
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a cluster for the whole module, to which this process is connected; its token is for it alone."""
     ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
-    before = signal.getsignal(signal.SIGTERM)
+    before, token = signal.getsignal(signal.SIGTERM), tmp_path_factory.mktemp("ray") / "token"
+    token.write_text(uuid.uuid4().hex)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "token")  # so that it is put back as it was
+        patch.delenv("RAY_AUTH_MODE")  # Ray sets it for a cluster of its own, and forgets what it knew
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # actors import this module
         ray.init(
             address="local", num_cpus=3, num_gpus=0, include_dashboard=False, log_to_driver=False,
             logging_level="ERROR", _system_config={"worker_niceness": 0},
         )  # fmt: skip
-    signal.signal(signal.SIGTERM, before)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+        signal.signal(signal.SIGTERM, before)
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
 
 
 # --- what runs in the actors ----------------------------------------------------------------------------------------
