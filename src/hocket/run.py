@@ -47,7 +47,9 @@ class Stop:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
 
         try:
-            before = {n: signal.signal(n, heard) for n in (signal.SIGINT, signal.SIGTERM)}
+            # one that is ignored stays so: in the background of a shell, and in workers whose parent decides
+            heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+            before = {n: signal.signal(n, heard) for n in heeded}
         except ValueError:
             before = {}
         try:

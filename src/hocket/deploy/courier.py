@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def ask(folder: Path, question: dict[str, Any]) -> dict[str, Any]:
         with Client(str(folder / SOCKET), "AF_UNIX", authkey=(folder / KEY).read_bytes()) as line:
             say(line, question)
             return hear(line)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, AuthenticationError) as error:
         raise NoWorker(
             f"no worker answers in '{folder}' ({type(error).__name__}: {error}); start `hocket join`"
         ) from error
