@@ -81,6 +81,18 @@ def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     return visit(skeleton)
 
 
+def put(path: Path, blob: bytes) -> None:
+    """Write a file whole or not at all. Raises `StoreError` if it cannot be written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(blob)
+        part.replace(path)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write '{path}': {error.strerror}; free space, then go on with the same command"
+        ) from error
+
+
 # --- blobs ---------------------------------------------------------------------------------------------------------
 class Spool:
     """Packets waiting to be read: in memory up to `budget` bytes, in files beyond, so that memory does not grow with

@@ -413,8 +413,7 @@ def test_under_a_lossy_download_models_follow_the_sums_that_arrive(down: Any) ->
     """theta of a client is theta_0 - sum A z with A as it decoded it: what is lost is not lost again in the next."""
     w = language(meth=spec(), down=down, turns=5, training={**SGD, "lr": 1e-4}, layers=1, clients=2)
     views: list[Tree] = []
-    send = w.simulation._down.send if hasattr(w.simulation, "_down") else None
-    link = next(v for v in vars(w.simulation).values() if type(v).__name__ in ("Downlink", "Differences"))
+    link = w.simulation.downlink
     start, m, send = dict(w.simulation.server.state["params"]), w.simulation.server.method, link.send
 
     def noting(job: Any, server: Any) -> Any:

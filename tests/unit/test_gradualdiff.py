@@ -332,8 +332,10 @@ def test_a_lossy_downlink_is_refused(down: Any) -> None:
 
 def test_lossless_downlinks_are_taken() -> None:
     for down in ("raw", "zstd", {"name": "chain", "codecs": ["zstd"]}, {"name": "per_tensor", "rules": {"*bias": "raw", "*": "zstd"}}):
-        recipe(XOR, down)
-    recipe(XOR, "zstd", codec={"down": "zstd", "up": {"name": "feedback", "codec": "int8"}})
+        assert recipe(XOR, down).build_codec("down").lossless
+    both = recipe(XOR, "zstd", codec={"down": "zstd", "up": {"name": "feedback", "codec": "int8"}})
+    assert both.build_codec("down").lossless
+    assert not both.build_codec("up").lossless
 
 
 def test_an_xor_cannot_be_rounded() -> None:

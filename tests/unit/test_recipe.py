@@ -130,7 +130,9 @@ def test_preset_async_is_a_schedule_and_a_codec_that_a_recipe_may_override() -> 
 
 def test_differences_go_down_to_clients_of_any_rank() -> None:
     for name in ("hlora", "hetlora"):
-        made(method={"name": name, "rank": 4}, codec={"down": {"name": "int4"}}, clients={"count": 2, "ranks": [2, 4]})
+        r = made(method={"name": name, "rank": 4}, codec={"down": {"name": "int4"}}, clients={"count": 2, "ranks": [2, 4]})
+        assert r.build_codec("down").differences
+        assert sorted(d.rank or 0 for d in r.devices()) == [2, 4]
 
 
 @pytest.mark.parametrize("clients", [{"count": 2, "ranks": [2, 4]}, {"count": 2, "each": [{"rank": 2}]}])

@@ -18,12 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hocket import wire
+from hocket import store, wire
 from hocket.codecs import Codec
 from hocket.deploy.nouns import Answered, Ask, Event, Failed, Joined, Left, Link, Request
 from hocket.deploy.site import job_of, plain
 from hocket.deploy.ways import Out, Way, uses
-from hocket.errors import RunError, StoreError, WireError
+from hocket.errors import RunError, WireError
 from hocket.evaluations import Evaluations
 from hocket.ledger import Ledger
 from hocket.methods import Job, Update
@@ -128,7 +128,7 @@ class Deployment:
     # --- asking -------------------------------------------------------------------------------------------------
     def _ask(self, job: Job) -> None:
         blob = self.down.encode(job.payload)
-        _write(self.outbox / f"{job.id}.hkt", blob)
+        store.put(self.outbox / f"{job.id}.hkt", blob)
         self.out[job.id] = Out(replace(job, payload={}), self.t, len(blob))
         self.ways.setdefault(job.client, Way()).waiting.append(job.id)
 
@@ -205,7 +205,7 @@ class Deployment:
         packet = self._upload(event.job)
         if event.packet != packet:
             event.packet.replace(packet)
-        _write(self._told(event.job), json.dumps(dict(event.told)).encode())
+        store.put(self._told(event.job), json.dumps(dict(event.told)).encode())
         self._take(way, out, dict(event.told), packet)
 
     def _take(self, way: Way, out: Out, told: dict[str, Any], packet: Path) -> None:
@@ -306,7 +306,11 @@ class Deployment:
         for _, job in sorted(told):
             out, packet, note = self.out.get(job), self._upload(job), json.loads(self._told(job).read_text())
             if out is not None and packet.exists() and _same(note, out.job):
-                self._take(self.ways[out.job.client], out, note, packet)
+                way = self.ways[out.job.client]
+                if job in way.waiting:  # its message left after the checkpoint
+                    way.waiting.remove(job)
+                    way.sent.append(job)
+                self._take(way, out, note, packet)
 
     def _upload(self, job: int) -> Path:
         return self.inbox / f"{job}.hkt"
@@ -318,12 +322,3 @@ class Deployment:
 def _same(told: Mapping[str, Any], job: Job) -> bool:
     """Whether what was told is of this job, not of one that had its id before a server went back to a checkpoint."""
     return all(told.get(k) == getattr(job, k) for k in ("client", "version", "turn", "visit"))
-
-
-def _write(path: Path, blob: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(blob)
-        part.replace(path)
-    except OSError as error:
-        raise StoreError(f"cannot write '{path}': {error.strerror}; free space, then resume") from error

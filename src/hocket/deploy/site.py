@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hocket import wire
+from hocket import store, wire
 from hocket.client import Setting, work
 from hocket.codecs import Codec
 from hocket.errors import HocketError, StoreError, WireError
@@ -177,11 +177,11 @@ class Site:
             told: dict[str, Any] = _key(vars(job))
             told |= {k: getattr(result, k) for k in ("weight", "metrics", "raw", "beside")}
             told |= {"waited": began - task.came, "computed": ended - began, "kept": 0.0}
-            self._write(self._memory(job.id), wire.pack(result.memory))
-            self._write(self._packet(job.id), result.blob)
-            self._write(self._told(job.id), json.dumps(told).encode())  # with it, all of this counts
+            store.put(self._memory(job.id), wire.pack(result.memory))
+            store.put(self._packet(job.id), result.blob)
+            store.put(self._told(job.id), json.dumps(told).encode())  # with it, all of this counts
             before, self._remembers = self._remembers, job.id
-            self._write(self.folder / "memory.json", json.dumps(job.id).encode())
+            store.put(self.folder / "memory.json", json.dumps(job.id).encode())
             if before is not None and before != job.id:
                 self._memory(before).unlink(missing_ok=True)
             task.ended = ended
@@ -216,15 +216,6 @@ class Site:
         noted = self.folder / "memory.json"
         jobs = [int(p.stem.removeprefix("update-")) for p in self.folder.glob("update-*.json")]
         return max([*jobs, *([json.loads(noted.read_text())] if noted.exists() else [])], default=None)
-
-    def _write(self, path: Path, blob: bytes) -> None:
-        """Whole or not at all."""
-        part = path.with_name(path.name + ".part")
-        try:
-            part.write_bytes(blob)
-            part.replace(path)
-        except OSError as error:
-            raise StoreError(f"cannot write '{path}': {error.strerror}; free space at the site") from error
 
 
 def _key(job: Mapping[str, Any]) -> dict[str, Any]:

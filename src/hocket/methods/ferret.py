@@ -28,7 +28,6 @@ block. The step along each vector is clipped to norm 10 (not built: it bends the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -43,7 +42,7 @@ from hocket.combine import Lazy, finite, wide
 from hocket.methods.base import PLAIN, Local, State, Update, method
 from hocket.methods.replay import Replay
 from hocket.methods.splits import apportion, blocks
-from hocket.tree import Tree, key
+from hocket.tree import Tree, key, norm
 
 GAMMA, COUNTS, SEED = "gamma", "counts", "seed"
 """An upload: all gamma_l, one after the other; the K_l; the seed."""
@@ -124,7 +123,7 @@ class Ferret(Replay):
             return apportion(self.k, [1.0] * len(sizes), sizes)
         if self.split == "size" or any(x.is_meta for x in tree.values()):
             return apportion(self.k, [float(n) for n in sizes], sizes)
-        return apportion(self.k, [_norm([tree[k] for k in names]) for names in groups], sizes)
+        return apportion(self.k, [norm({k: tree[k] for k in names}) for names in groups], sizes)
 
     def _project(self, seed: int, block: Tree, count: int) -> Tensor:
         """gamma of one block; the work of this is making V."""
@@ -280,10 +279,6 @@ def _size(tree: Mapping[str, Tensor]) -> int:
 def _sizes(tree: Mapping[str, Tensor]) -> dict[str, int]:
     """For each tensor the size of its block."""
     return {k: sum(tree[j].numel() for j in names) for names in blocks(tree) for k in names}
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in tensors))
 
 
 def _wide(tree: Mapping[str, Tensor]) -> torch.dtype:
