@@ -276,6 +276,22 @@ def report_command(
     console.print(f"report: {page}")
 
 
+@app.command()
+def watch(
+    run: RunFolder,
+    once: Annotated[bool, typer.Option("--once", help="Show one frame and end, for scripts.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 1.0,
+) -> None:
+    """Follow a run, simulated or deployed: clients and their state, turn, bytes, losses, refusals."""
+    from hocket import watch as watching
+    from hocket.live import Follower
+
+    try:
+        watching.follow(Follower(run), console, once, every)
+    except KeyboardInterrupt:  # the run goes on
+        raise typer.Exit(0) from None
+
+
 @app.command("export")
 def export_command(
     run: RunFolder,

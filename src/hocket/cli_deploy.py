@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from hocket.errors import HocketError
 
+LogForm = Annotated[str | None, typer.Option("--log", help="json or text; default text on a terminal, else json.")]
 deploy_app = typer.Typer(help="Machines of different owners.", no_args_is_help=True)
 
 
@@ -48,13 +48,14 @@ def app_folder(out: Annotated[Path, typer.Argument(help="Folder to make.", metav
 def join(
     site: Annotated[Path, typer.Argument(help="The site's file.", metavar="SITE")],
     folder: Annotated[Path | None, typer.Option(help="The site's own folder; default: beside its file.")] = None,
+    log: LogForm = None,
 ) -> None:
     """Take part as a site: a worker with this site's rows, and a SuperNode; both are kept running."""
-    from hocket.deploy import launch
+    from hocket.deploy import launch, logs
     from hocket.deploy.sites import read
     from hocket.run import Stop
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logs.begin(log)
     described = read(site)
     if "superlink" not in described:
         raise HocketError(f"site file '{site}': superlink: missing; the server's address as host:port")
@@ -71,15 +72,17 @@ def serve(
     port: Annotated[int, typer.Option(help="Port for sites.")] = 9443,
     inner: Annotated[int, typer.Option(help="Port of the SuperLink, on the loopback interface.")] = 18000,
     host: Annotated[str, typer.Option(help="Interface for sites.")] = "0.0.0.0",
+    metrics: Annotated[int | None, typer.Option(help="Port of Prometheus metrics, on the loopback interface.")] = None,
+    log: LogForm = None,
 ) -> None:
     """Run a recipe with sites: a SuperLink, the gate before it, and the run; goes on after any of them was killed."""
     from hocket import recipe as recipes
     from hocket.deploy import init as files
-    from hocket.deploy import launch
+    from hocket.deploy import launch, logs
     from hocket.deploy.serving import check
     from hocket.run import Stop
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logs.begin(log)
     check(recipes.load(recipe))
     home = out.resolve() / "hub"
     if server is None and host not in ("127.0.0.1", "localhost"):
@@ -90,6 +93,11 @@ def serve(
     hub = launch.Hub(home, port, inner, host, server.resolve() if server else None, nodes)
     app = files.app(home / "app")
     processes, stop = hub.processes(), Stop()
+    scraped = None
+    if metrics is not None:
+        from hocket.deploy.metrics import Exporter
+
+        scraped = Exporter(out, metrics)
     with stop.listening():
         try:
             for p in processes:
@@ -99,6 +107,8 @@ def serve(
         finally:
             for p in reversed(processes):
                 p.stop()
+            if scraped:
+                scraped.close()
     if stop():
         typer.echo("stopped; go on with the same command", err=True)
         raise typer.Exit(130)

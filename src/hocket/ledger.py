@@ -60,6 +60,7 @@ class Ledger:
             line = json.dumps(plain(row), separators=(",", ":")).encode() + b"\n"
             try:
                 self._file.write(line)
+                self._file.flush()  # whoever watches the run reads along
             except OSError as error:
                 raise self._full(error) from error
             self.position += len(line)

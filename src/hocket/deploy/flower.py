@@ -19,6 +19,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from hocket.deploy.logs import say
 from hocket.deploy.messages import content, read
 from hocket.deploy.nouns import Answered, Ask, Event, Failed, Joined, Left, Request
 from hocket.deploy.site import plain
@@ -85,7 +86,7 @@ class FlowerLink:
             try:
                 now = set(self.grid.get_node_ids())
             except Exception as error:  # the SuperLink is restarting
-                log.warning("cannot ask who is connected: %s", error)
+                say(log, "no SuperLink", logging.WARNING, reason=str(error))
                 continue
             for node in now - self._known:
                 threading.Thread(target=self._meet, args=(node,), daemon=True).start()
@@ -107,7 +108,7 @@ class FlowerLink:
         try:
             name = self._say(node, {"op": "hello", "run": self.run})[0].get("name", "")
             if name not in self.sites:
-                log.warning("node %d calls itself '%s', which is no site of this run", node, name)
+                say(log, "node refused", logging.WARNING, node=node, site=name, reason="no site of this run")
                 return
             client = self.sites.index(name)
             hello: dict[str, Any] = {"failed": "link"}
@@ -115,17 +116,17 @@ class FlowerLink:
                 question = {"op": "hello", "run": self.run, "recipe": self.recipe, "client": client}
                 hello = self._say(node, question, patience=3600.0)[0]
                 if hello.get("failed"):
-                    log.warning("site '%s': %s", name, hello.get("reason"))
+                    say(log, "not open yet", logging.WARNING, site=name, reason=hello.get("reason"))
                     time.sleep(5.0)
             if hello.get("failed"):
                 return
         except Gone as error:
-            log.warning("node %d: %s", node, error)
+            say(log, "node does not answer", logging.WARNING, node=node, reason=str(error))
             self._known.discard(node)  # if it is there still, it is met again
             return
         with self._lock:
             if client in self._nodes:
-                log.warning("two nodes call themselves '%s'; the second one is not asked", name)
+                say(log, "node refused", logging.WARNING, node=node, site=name, reason="another node has this name")
                 return
             self._nodes[client] = node
             todo = self._todo[client] = queue.Queue()
@@ -195,7 +196,7 @@ class FlowerLink:
             try:
                 found = list(self.grid.pull_messages([key]))
             except Exception as error:  # the SuperLink is restarting
-                log.warning("cannot look for a reply: %s", error)
+                say(log, "no SuperLink", logging.WARNING, reason=str(error))
                 found = []
             if found:
                 if found[0].has_error():

@@ -34,7 +34,8 @@ def read(records: RecordDict) -> tuple[dict[str, Any], bytes | None]:
     """
     try:
         head = json.loads(str(records["head"]["json"]))
-        body = records.pop("body")["bytes"].data if "body" in records else None
+        array: Any = records.pop("body")["bytes"] if "body" in records else None
+        body = None if array is None else array.data
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a message of hocket's: {type(error).__name__}: {error}") from error
     if not isinstance(head, dict):

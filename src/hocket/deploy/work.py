@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 from pathlib import Path
 
+from hocket.deploy import logs
 from hocket.deploy.sites import opener, read
 from hocket.deploy.worker import Worker
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logs.begin()
     file, folder = Path(sys.argv[1]), Path(sys.argv[2])
     worker = Worker(folder, opener(read(file), file.parent))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

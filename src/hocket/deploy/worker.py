@@ -21,6 +21,7 @@ from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
+from hocket.deploy import logs
 from hocket.deploy.courier import KEY, SOCKET, hear, say
 from hocket.deploy.site import Lost, Site, job_of
 from hocket.errors import HocketError, StoreError
@@ -68,7 +69,7 @@ class Worker:
                 line = self._listener.accept()
             except Exception as error:  # a caller without the key, or one that hung up
                 if not self._closed:
-                    log.warning("refused a caller: %s", error)
+                    logs.say(log, "caller refused", logging.WARNING, reason=str(error))
                 continue
             threading.Thread(target=self._talk, args=(line,), daemon=True).start()
 
@@ -99,8 +100,10 @@ class Worker:
                 for job in map(job_of, question["asks"]):
                     path = self.path(str(question["run"]), job.id)
                     if path.exists():
+                        size = path.stat().st_size
                         site.take(job, path)
                         path.unlink()
+                        logs.say(log, "job given", job=job.id, turn=job.turn, version=job.version, bytes=size)
                     elif not site.has(job):
                         raise Lost(f"the packet of job {job.id} is not here")
                 return {}
@@ -108,14 +111,21 @@ class Worker:
                 found = site.answer(int(question["job"]), float(question["timeout"]))
                 if found is None:
                     return {"wait": True}
-                return {"told": found[0], "packet": str(found[1]), "size": found[1].stat().st_size}
+                size, told = found[1].stat().st_size, found[0]
+                took = {k: round(float(told[k]), 3) for k in ("waited", "computed", "kept") if k in told}
+                logs.say(log, "answer", job=int(question["job"]), turn=told.get("turn"), bytes=size, **took)
+                return {"told": told, "packet": str(found[1]), "size": size}
             return {"failed": "job", "reason": f"unknown question '{question.get('op')}'"}
         except Lost as error:
-            return {"failed": "lost", "reason": str(error)}
+            return self._failed("lost", str(error))
         except HocketError as error:
-            return {"failed": "job", "reason": str(error)}
+            return self._failed("job", str(error))
         except (KeyError, TypeError, ValueError) as error:
-            return {"failed": "job", "reason": f"cannot be read: {type(error).__name__}: {error}"}
+            return self._failed("job", f"cannot be read: {type(error).__name__}: {error}")
+
+    def _failed(self, kind: str, reason: str) -> dict[str, Any]:
+        logs.say(log, "failed", logging.WARNING, kind=kind, reason=reason)
+        return {"failed": kind, "reason": reason}
 
     def path(self, run: str, job: int) -> Path:
         """Where a job's download is put."""
@@ -130,6 +140,7 @@ class Worker:
                     self.site.close()
                 self.site = self._opens(recipe, int(question["client"]), self.folder / "runs" / _safe(run))
                 self.run = run
+                logs.say(log, "opened", run=run, rows=self.site.client.rows)
             return {"rows": self.site.client.rows, "version": self.site.version}
 
 
