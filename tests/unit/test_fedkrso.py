@@ -58,25 +58,30 @@ def ends(w: World) -> dict[tuple[int, int], Tree]:
     def noting(local: Local, *more: Any) -> None:
         steps(local, *more)
         here = {k: view.logical(k).detach() for k in view.params}
-        seen[local.client, local.turn] = {m + BASE: here[m + BASE] + here[m + B] @ here[m + A] for m in modules(here)}
+        biases = {k: x.clone() for k, x in here.items() if k.endswith("bias")}
+        seen[local.client, local.turn] = biases | {m + BASE: here[m + BASE] + here[m + B] @ here[m + A] for m in modules(here)}
 
     w.trainer._steps = noting
     return seen
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize(("arch", "biases"), [("llama", False), ("gpt2", False), ("gpt2", True)])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("cohort", [None, 2])
-def test_sums_of_coordinates_are_fedavg_of_the_clients_weights(arch: str, optimizer: str, cohort: int | None) -> None:
+def test_sums_of_coordinates_are_fedavg_of_the_clients_weights(
+    arch: str, biases: bool, optimizer: str, cohort: int | None
+) -> None:
     sched = {"name": "sync", "cohort": cohort} if cohort else "sync"
-    w = exact(arch, spec(arch), 3, sched, optimizer=optimizer, lr=0.5 if optimizer == "sgd" else 1e-2)
+    w = exact(arch, spec(arch, biases=biases), 3, sched, optimizer=optimizer, lr=0.5 if optimizer == "sgd" else 1e-2)
     seen = ends(w)
     w.run()
     assert len(seen) == 3 * (cohort or 3)
     for turn in range(3):
         who = [c for c, t in seen if t == turn]
         total = sum(3 + c for c in who)
-        for k in (k for k in w.final if k.endswith(BASE)):
+        moving = [k for k in w.final if k.endswith((BASE, BASE.replace("weight", "bias")))]
+        assert biases == any(k.endswith("bias") for k in moving)
+        for k in moving:
             want = sum(seen[c, turn][k] * (3 + c) / total for c in who)
             after = w.iterates[turn + 1][k]
             assert float((after - want).abs().max()) < 1e-14
@@ -464,6 +469,14 @@ def test_what_would_carry_over_is_refused(tmp_path: Path) -> None:
         parse(data(tmp_path, codec={"up": {"name": "feedback", "codec": "int8"}}))
     with pytest.raises(RecipeError, match=r"mu: B begins at zero"):
         parse(data(tmp_path, method={"name": "fedkrso", "mu": 0.1}))
+    for more in ({"alpha": 8.0}, {"dropout": 0.1}, {"scaling": "constant"}):
+        with pytest.raises(RecipeError, match=rf"{next(iter(more))}: W moves by B P itself"):
+            parse(data(tmp_path, method={"name": "fedkrso", **more}))
+
+
+def test_biases_where_there_are_none_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"method\.biases: the modules adapted in LlamaForCausalLM have none"):
+        exact("llama", spec(biases=True))
 
 
 def test_subspaces_that_save_nothing_are_said_before_a_run(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ pulls what an interval has learned back to zero, never W, which would break that
 
 Bytes a turn and client: up s_c sum_m min(K, I) m r at most (of I draws K (1 - (1 - 1/K)^I) are expected to differ);
 down the sums in all subspaces that anybody used, s_c sum_m K m r at most, and a seed; the dense W where that is less.
-W itself has m n numbers: K r >= n may save nothing. New heads are averaged beside.
+W itself has m n numbers: K r >= n may save nothing. New heads are averaged beside, and `biases`, m numbers each.
 Client memory: weights (those adapted are written into; what the server has, the next turn needs again) + 16 bytes a
 number of B + the accumulators, min(K, I) m r + one P.
 E|G P^T P|^2 = (n + r + 1)/r |G|^2: SGD's rate is multiplied by r/(n + r + 1), so that eta = 1/L gives the most descent
@@ -39,7 +39,7 @@ from torch import Tensor
 from hocket import draws
 from hocket.combine import Lazy, finite, mean, wide
 from hocket.methods.base import PLAIN, Local, State, Update, method
-from hocket.methods.lora import BASE, A, B, modules
+from hocket.methods.lora import BASE, A, B, LoRA, modules
 from hocket.methods.merging import Merging, add
 from hocket.methods.replay import without
 from hocket.tree import Tree, generator, key
@@ -48,6 +48,7 @@ SEED = "fedkrso"
 """Of the state's parameters: the key of this version's subspaces, one int64."""
 PART = re.compile(r"(.+)\.lora_B\.([0-9a-f]{16})\.(\d{1,9})\.(\d{1,9})")
 """Coordinates B_k of a module: which key, which k, and how wide P_k is. So each says itself what it belongs to."""
+PLAIN_LORA = LoRA()
 
 
 @method("fedkrso")
@@ -62,12 +63,18 @@ class FedKRSO(Merging):
         default=True, description="SGD's rate times r / (n + r + 1) for a weight of n inputs; no matter to AdamW"
     )
 
+    biases: bool = Field(default=False, description="whether the biases of the weights that move train, too")
+
     increments: ClassVar[bool] = False  # each job's coordinates are in subspaces of its own
 
     @model_validator(mode="after")
     def _sound(self) -> FedKRSO:
         if self.mu:
             raise ValueError("mu: B begins at zero in every interval, so a pull to it is not FedProx's; use 0")
+        for name in ("alpha", "scaling", "dropout"):
+            # in peft's terms a scale of 1 is an alpha of the rank
+            if getattr(self, name) not in (getattr(PLAIN_LORA, name), self.rank if name == "alpha" else None):
+                raise ValueError(f"{name}: W moves by B P itself, which nothing scales or drops; leave it out")
         return self
 
     def vain(self, params: Mapping[str, Tensor], training: Any) -> str | None:

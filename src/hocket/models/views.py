@@ -179,6 +179,7 @@ def _lora(model: Any, method: Any, task: str, seed: int) -> View:
         rank_pattern=dict(method.rank_pattern),
         alpha_pattern=dict(method.alpha_pattern),
         fan_in_fan_out=convolution,
+        bias="lora_only" if getattr(method, "biases", False) else "none",
     )
     try:
         with warnings.catch_warnings():
@@ -206,6 +207,8 @@ def _lora(model: Any, method: Any, task: str, seed: int) -> View:
             params[logical] = p
             if ".lora_A." in name:  # keyed by name, so that it is the same on every client and in every process
                 p.data = _kaiming(p.data, generator(seed, "lora", logical))
+    if config.bias != "none" and not any(k.endswith(".base_layer.bias") for k in params):
+        raise RecipeError(f"method.biases: the modules adapted in {type(model).__name__} have none; use false")
     bases = {k.replace(".lora_A.", ".base_layer.") for k in params if ".lora_A." in k}
     if method.merges and (lost := sorted(bases - params.keys())):
         raise RecipeError(f"method.targets: '{lost[0]}' is tied to other weights; nothing can be merged into it alone")
