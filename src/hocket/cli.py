@@ -130,7 +130,7 @@ def _headline(run: Any) -> str:
             lines.append(f"{key} {last[key]:.1%} (n = {last[n]}, 95 % {low:.1%} to {high:.1%})")
     moved = (s["up_bytes"] + s["down_bytes"]) / 1e6
     late = f" ({s['catch_up_bytes'] / 1e6:.1f} MB catching up, {s['catch_up']})" if s["catch_up_bytes"] else ""
-    lines.append(f"virtual time {s['virtual_seconds']:.1f} s, {moved:.1f} MB moved{late}, {s['lost']} jobs lost")
+    lines.append(f"{run.clock} {s['virtual_seconds']:.1f} s, {moved:.1f} MB moved{late}, {s['lost']} jobs lost")
     return "\n".join(lines)
 
 

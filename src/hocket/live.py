@@ -79,6 +79,9 @@ class State:
         self.t = max(self.t, at)
         c = self.clients.get(row.get("client", -1))
         match what:
+            case "begin":  # of a server's process: nobody is there until he joins
+                for site in self.clients.values():
+                    site.state = "away"
             case "step":
                 self.version, self.staleness, self.stalest = row["version"], row["staleness"], row.get("stalest", 0)
                 self.updates += row["updates"]

@@ -272,3 +272,23 @@ def test_the_form_of_logs_can_be_chosen(capsys: pytest.CaptureFixture[str], logg
     logs.say(logging.getLogger("hocket.deploy.launch"), "ended", logging.WARNING, process="worker", code=1, log="a\x1b[2J\nb")
     line = capsys.readouterr().err
     assert "warning: ended  process=worker code=1 log=a [2J b\n" in line
+
+
+def test_the_report_of_a_deployed_run_has_sites_rows_and_the_walls_seconds(tmp_path: Path) -> None:
+    from hocket import report
+
+    run, ledger = folder(tmp_path), Ledger(tmp_path / "ledger.jsonl")
+    names = [{"id": 0, "name": "berlin"}, {"id": 1, "name": "oslo"}]
+    (run / "manifest.json").write_text(json.dumps({"name": "clinic", "clients": names, "deployed": True}))
+    for c, rows in ((0, 48), (1, 1234)):
+        ledger.add("join", t=0.5, client=c, rows=rows)
+        job(ledger, c, 0, 1.0)
+    step(ledger, 5.0, 1, 4.5)
+    ledger.close()
+    page = report.build([run], run / "report.html").read_text()
+    page = page[page.index("<body>") :]
+    assert "wall time<b>5.0 s</b>" in page
+    assert "virtual time" not in page
+    assert "link down / up" not in page
+    for cell in ("<td>berlin</td><td>48</td>", "<td>oslo</td><td>1,234</td>"):
+        assert cell in page

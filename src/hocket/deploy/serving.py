@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,6 @@ def _go(
     recipe: Recipe, run: store.RunFolder, link: Callable[[Path], Link], listener: Listener | None, stop: Stop,
     saved: dict[str, Any] | None,
 ) -> Path:  # fmt: skip
-    began = time.monotonic()
     experiment = Experiment(recipe, stop, _held)
     ledger = Ledger(run.ledger, saved["engine"]["ledger"]["position"] if saved else 0, listener)
     server = experiment.server()
@@ -98,6 +96,7 @@ def _go(
             last = server.version
 
     deployment.on_event = on_event
+    run.write_json(run.manifest, _manifest(recipe, experiment, deployment.t))
     try:
         deployment.run()
         checkpoint()
@@ -106,7 +105,7 @@ def _go(
         raise
     finally:
         line.close()
-        run.write_json(run.manifest, _manifest(recipe, experiment, time.monotonic() - began))
+        run.write_json(run.manifest, _manifest(recipe, experiment, deployment.t))
     ledger.close()
     return run.path
 

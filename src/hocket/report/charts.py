@@ -6,7 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from hocket.report.tables import LANES, Run, thin
+from hocket.report.tables import LANES, Run, clock, thin
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and legible on light and dark
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
@@ -14,7 +14,7 @@ LANE_COLOURS = {"down": "#56B4E9", "compute": "#009E73", "up": "#E69F00"}
 LANE_NAMES = {"down": "downloading", "compute": "computing", "up": "uploading"}
 MOST_CLIENTS = 16
 GREY = "rgba(128,128,128,0.25)"
-AXES = {"version": ("turns", 1.0), "t": ("virtual time, s", 1.0), "bytes": ("megabytes moved", 1e-6)}
+AXES = {"version": ("turns", 1.0), "t": ("time, s", 1.0), "bytes": ("megabytes moved", 1e-6)}
 
 
 def _layout(height: int, **more: Any) -> dict[str, Any]:
@@ -37,13 +37,13 @@ def loss_curves(runs: list[Run], x: str) -> go.Figure:
             mode="lines+markers", line={"color": colour, "width": 2}, marker={"size": 6},
         )  # fmt: skip
     figure.update_layout(**_layout(320, showlegend=len(runs) > 1))
-    figure.update_xaxes(title=title)
+    figure.update_xaxes(title=f"{clock(runs)}, s" if x == "t" else title)
     figure.update_yaxes(title="held-out loss")
     return figure
 
 
 def lanes(run: Run, until: float) -> go.Figure:
-    """For each client what it was downloading, computing and uploading on the virtual clock; the gaps are waiting."""
+    """For each client what it was downloading, computing and uploading; the gaps are waiting."""
     clients = sorted(run.clients)[:MOST_CLIENTS]
     names = {c["id"]: c["name"] for c in run.manifest.get("clients", [])}
     rows = {(c, lane): 3 * i + j + 0.6 * i for i, c in enumerate(clients) for j, lane in enumerate(LANES)}
@@ -64,7 +64,7 @@ def lanes(run: Run, until: float) -> go.Figure:
     figure.update_layout(**_layout(90 + 58 * len(clients), barmode="overlay", bargap=0))
     figure.update_yaxes(tickvals=ticks, ticktext=[str(names.get(c, c)) for c in clients], autorange="reversed")
     figure.update_yaxes(showgrid=False, zeroline=False, automargin=True)
-    figure.update_xaxes(title="virtual time, s", range=[0, until])
+    figure.update_xaxes(title=f"{run.clock}, s", range=[0, until])
     return figure
 
 

@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from hocket.errors import StoreError
 from hocket.report import charts
-from hocket.report.tables import PARTS, Run, read
+from hocket.report.tables import PARTS, Run, clock, read
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2733; --soft: #5b6b7b; --line: #d9e0e7; --card: #f6f8fa; --page: #ffffff; }
@@ -94,7 +94,7 @@ def _one(run: Run) -> str:
     s = run.summary()
     pairs = [
         (f"{'own ' * run.personal}held-out loss", _loss(s)),
-        ("virtual time", duration(s["virtual_seconds"])),
+        (run.clock, duration(s["virtual_seconds"])),
         ("down", size(s["down_bytes"])),
         ("up", size(s["up_bytes"])),
         *([("of those, heads and norms", size(s["beside_bytes"]))] if s["beside_bytes"] else []),
@@ -132,7 +132,7 @@ def _several(runs: list[Run], figures: list[str]) -> str:
             ]
         )  # fmt: skip
     head = [
-        "run", "method × schedule", "held-out loss", "virtual time", "ratio", "time to first run's loss", "bytes",
+        "run", "method × schedule", "held-out loss", clock(runs), "ratio", "time to first run's loss", "bytes",
         "ratio", "clients computing", "lost",
     ]  # fmt: skip
     names = escape(" / ".join(r.summary()["name"] for r in runs))
@@ -149,7 +149,7 @@ def _charts(runs: list[Run], figures: list[str]) -> str:
                 "does not compare to losses on the common rows.</p>"
             )
         html += "<div class='grid'>"
-        for x, what in (("version", "turns"), ("t", "virtual time"), ("bytes", "bytes moved")):
+        for x, what in (("version", "turns"), ("t", clock(runs)), ("bytes", "bytes moved")):
             html += _place(charts.loss_curves(runs, x), f"loss-{x}", f"Held-out loss against {what}", figures)
         html += "</div>"
     until = max(r.seconds for r in runs) * 1.01 or 1.0
@@ -177,7 +177,7 @@ def _plain(value: Any) -> Any:
 
 
 def _clients(run: Run) -> str:
-    about = {c["id"]: c for c in run.manifest.get("clients", [])}
+    about, simulated = {c["id"]: c for c in run.manifest.get("clients", [])}, not run.manifest.get("deployed")
     own = (run.evals[-1] if run.evals else {}).get("clients", [])
     rows = []
     for c, v in sorted(run.clients.items()):
@@ -186,8 +186,10 @@ def _clients(run: Run) -> str:
         busy = v["compute"] / run.seconds if run.seconds else 0.0
         rows.append(
             [
-                escape(str(a.get("name", c))), f"{a.get('rows', 0):,}", f"{a.get('step_seconds', 0):g} s",
-                f"{a.get('down_mb_s', 0):g} / {a.get('up_mb_s', 0):g} MB/s", f"{v['jobs']:.0f}", f"{v['lost']:.0f}",
+                escape(str(a.get("name", c))), f"{a.get('rows', run.rows.get(c, 0)):,}",
+                *([f"{a.get('step_seconds', 0):g} s"] if simulated else []),
+                *([f"{a.get('down_mb_s', 0):g} / {a.get('up_mb_s', 0):g} MB/s"] if simulated else []),
+                f"{v['jobs']:.0f}", f"{v['lost']:.0f}",
                 f"{busy:.0%}", f"{1 - busy:.0%}", size(v["down_bytes"]), size(v["up_bytes"]), f"{v['loss'] / jobs:.3f}",
                 *([f"{own[c]:.3f}"] if own else []),
             ]
@@ -195,7 +197,8 @@ def _clients(run: Run) -> str:
     if len(rows) > 200:
         rows = [*rows[:200], [f"and {len(rows) - 200} more", *[""] * (len(rows[0]) - 1)]]
     head = [
-        "client", "rows", "step", "link down / up", "jobs", "lost", "computing", "waiting", "down", "up", "train loss",
+        "client" if simulated else "site", "rows", *(["step", "link down / up"] if simulated else []),
+        "jobs", "lost", "computing", "waiting", "down", "up", "train loss",
         *(["own held-out loss"] if own else []),
     ]  # fmt: skip
     name = run.summary()["name"]

@@ -31,7 +31,8 @@ class Run:
         clients: for each client sums over all its lane uses: jobs, seconds and bytes a lane, train loss, losses.
         planned, measured: for each client bytes of memory by part and phase (see `PARTS`), the largest of its jobs;
             empty unless the recipe states machines' memory, or asks to measure it.
-        seconds: virtual time of the last record.
+        rows: that each client trains on, where it said so when it joined.
+        seconds: of the last record, on the run's clock.
         personal: losses and accuracies are of each client's own model on its own held-out rows.
         label: what to call it.
     """
@@ -46,11 +47,17 @@ class Run:
     clients: dict[int, dict[str, float]] = field(default_factory=dict)
     planned: dict[int, dict[str, float]] = field(default_factory=dict)
     measured: dict[int, dict[str, float]] = field(default_factory=dict)
+    rows: dict[int, int] = field(default_factory=dict)
     uses: int = 0
     seconds: float = 0.0
     finished: bool = False
     personal: bool = False
     label: str = ""
+
+    @property
+    def clock(self) -> str:
+        """What its seconds are: those of machines that were really at work, or of the virtual clock."""
+        return "wall time" if self.manifest.get("deployed") else "virtual time"
 
     def summary(self) -> dict[str, Any]:
         """Headline numbers; losses are None if nothing was evaluated."""
@@ -97,6 +104,12 @@ class Run:
         """(version, mean over modules) of a step's `error` or `rank`, where the method writes them down."""
         noted = [(float(s["version"]), s["layers"].values()) for s in self.steps if s.get("layers")]
         return [(v, sum(m[what] for m in rows) / len(rows)) for v, rows in noted]
+
+
+def clock(runs: Sequence[Run]) -> str:
+    """The clock of all these runs, or just time if they have not the same."""
+    found = {r.clock for r in runs}
+    return found.pop() if len(found) == 1 else "time"
 
 
 def first(curve: Sequence[tuple[float, float]], goal: float) -> float | None:
@@ -178,6 +191,8 @@ def _take(run: Run, row: dict[str, Any], blank: dict[str, float], keep: int) -> 
         run.clients.setdefault(row["client"], dict(blank))["lost"] += 1
     elif what == "step":
         run.steps.append(row)
+    elif what == "join" and "rows" in row:
+        run.rows[row["client"]] = row["rows"]
     elif what == "eval":
         run.evals.append(row)
         run.personal = run.personal or bool(row.get("personal"))
