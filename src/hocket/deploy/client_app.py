@@ -1,4 +1,5 @@
-"""A site's Flower app: hands each message to the worker beside it. Installed with hocket; a run ships no code but this.
+"""A site's Flower app: hands each message to the worker beside it. Installed with hocket: a run ships no code, its app
+names `hocket.deploy.client_app:app`.
 
 Heads of messages, by `op`:
 
@@ -18,7 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
 from hocket.deploy import courier
+from hocket.deploy.messages import content, read
 
 FOLDER = "HOCKET_SITE"
 """Environment variable: the site's folder, where its worker listens. Flower's `--node-config site=...` names it."""
@@ -63,26 +68,18 @@ def handle(head: Mapping[str, Any], body: bytes | None, folder: Path, name: str)
         return {"failed": "job", "reason": f"{type(error).__name__}: {error}"}, None
 
 
-def make() -> Any:
-    """The app, for the three lines that Flower ships."""
-    from flwr.app import Context, Message
-    from flwr.clientapp import ClientApp
+app = ClientApp()
 
-    from hocket.deploy.messages import content, read
 
-    app = ClientApp()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        folder = os.environ.get(FOLDER) or str(context.node_config.get("folder", ""))
-        name = str(context.node_config.get("site", ""))
-        if not folder:
-            answer: tuple[dict[str, Any], bytes | None] = (
-                {"failed": "job", "reason": f"this node knows no folder: start it with {FOLDER} set"}, None
-            )  # fmt: skip
-        else:
-            head, body = read(message.content)
-            answer = handle(head, body, Path(folder), name)
-        return Message(content(*answer), reply_to=message)
-
-    return app
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Answer one message of the server app's."""
+    folder = os.environ.get(FOLDER) or str(context.node_config.get("folder", ""))
+    name = str(context.node_config.get("site", ""))
+    answer: tuple[dict[str, Any], bytes | None]
+    if folder:
+        head, body = read(message.content)
+        answer = handle(head, body, Path(folder), name)
+    else:
+        answer = {"failed": "job", "reason": f"this node knows no folder: start it with {FOLDER} set"}, None
+    return Message(content(*answer), reply_to=message)

@@ -1,7 +1,7 @@
 """`hocket deploy init`: everything a named list of sites needs, ready to be handed out.
 
-    OUT/server/   recipe.toml, app/ (what Flower ships: six lines), certificates and their keys, the sites' public keys,
-                  nginx.conf and hocket-server.service
+    OUT/server/   recipe.toml, app/ (what Flower ships: names, no code), certificates and their keys, the sites'
+                  public keys, nginx.conf and hocket-server.service
     OUT/sites/NAME/   site.toml, the authority's certificate, the site's own key, hocket-site.service
 
 Private keys are readable by their owner alone. A folder that is there already is left as it is: keys are not replaced.
@@ -37,8 +37,8 @@ packages = ["."]
 publisher = "hocket"
 
 [tool.flwr.app.components]
-serverapp = "hocket_app.server_app:app"
-clientapp = "hocket_app.client_app:app"
+serverapp = "hocket.deploy.server_app:app"
+clientapp = "hocket.deploy.client_app:app"
 
 [tool.flwr.app.config]
 recipe = ""
@@ -167,13 +167,9 @@ def init(out: Path, sites: Sequence[str], host: str, port: int = 9443, inner: in
 
 
 def app(folder: Path) -> Path:
-    """What Flower ships to its processes: it starts the installed hocket."""
-    package = folder / "hocket_app"
-    package.mkdir(parents=True, exist_ok=True)
+    """What Flower ships to its processes: no code, only the names of the installed hocket's two apps."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "pyproject.toml").write_text(PYPROJECT)
-    (package / "__init__.py").write_text("")
-    for side in ("server", "client"):
-        (package / f"{side}_app.py").write_text(f"from hocket.deploy.{side}_app import make\n\napp = make()\n")
     return folder
 
 

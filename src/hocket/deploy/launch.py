@@ -23,6 +23,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from hocket.deploy.guard import commands
+from hocket.deploy.logs import say
 from hocket.errors import HocketError, RunError
 
 log = logging.getLogger(__name__)
@@ -52,12 +54,13 @@ class Process:
                 list(self.command), env={**os.environ, **self.env}, stdout=out, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
-        log.info("%s: started (process %d, log %s)", self.name, self.running.pid, self.log)
+        say(log, "started", process=self.name, pid=self.running.pid, log=str(self.log))
 
     def look(self) -> None:
         """Start it again if it has ended and waited."""
         if self.running is not None and (code := self.running.poll()) is not None:
-            log.warning("%s: ended with code %d; again in %.0f s (log %s)", self.name, code, self.wait, self.log)
+            more = {"code": code, "again_in": self.wait, "log": str(self.log)}
+            say(log, "ended", logging.WARNING, process=self.name, **more)
             self.running, self.ended = None, time.monotonic()
         if self.running is None and time.monotonic() - self.ended >= self.wait:
             self.start()
@@ -125,11 +128,10 @@ def site(file: Path, described: Mapping[str, Any], folder: Path) -> list[Process
     )
     node += ["--auth-supernode-private-key", str(here / described["key"])] if "key" in described else []
     work = [sys.executable, "-m", "hocket.deploy.work", str(file.resolve()), str(folder)]
+    env = quiet(folder / "flower", HOCKET_SITE=str(folder)) | {"PATH": str(commands(folder / "bin"))}
     return [
         Process("worker", work, folder / "worker.log", wait=1.0),
-        Process(
-            "supernode", node, folder / "supernode.log", quiet(folder / "flower", HOCKET_SITE=str(folder)), wait=15.0
-        ),
+        Process("supernode", node, folder / "supernode.log", env, wait=15.0),
     ]
 
 
@@ -257,7 +259,7 @@ def drive(
     Raises:
         RunError: the run cannot begin, or always ends at the same place.
     """
-    since, left, seen = -grace, tries, -1
+    since, left, seen, first = -grace, tries, -1, True
     while not stop() and not ended(run):
         for p in processes:
             p.look()
@@ -270,7 +272,9 @@ def drive(
                 raise RunError(f"the run does not go on; its last words are in the logs in '{hub.folder}'")
             seen, since = size, time.monotonic()
             try:
-                log.info("run submitted: %s", hub.submit(app, recipe, run))
+                event = "submitted" if first else "resubmitted"
+                say(log, event, flower_run=hub.submit(app, recipe, run))
+                first = False
             except RunError as error:
-                log.warning("%s", error)
+                say(log, "not submitted", logging.WARNING, reason=str(error), tries_left=left)
         time.sleep(every)

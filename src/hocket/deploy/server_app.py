@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 
 def make() -> Any:
-    """The app, for the three lines that Flower ships. Its run configuration has `recipe` and `folder`."""
+    """The app. Its run configuration has `recipe` and `folder`."""
     from flwr.app import Context
     from flwr.serverapp import Grid, ServerApp
 
     from hocket import recipe as recipes
+    from hocket.deploy import logs
     from hocket.deploy.flower import FlowerLink
     from hocket.deploy.serving import serve
     from hocket.deploy.sites import shared
@@ -21,9 +21,10 @@ def make() -> Any:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        logging.getLogger("hocket").setLevel(logging.INFO)
         recipe = recipes.load(Path(str(context.run_config["recipe"])))
         folder = Path(str(context.run_config["folder"]))
+        folder.mkdir(parents=True, exist_ok=True)
+        logs.into(folder / "log.jsonl")
         d = recipe.deployment
         serve(
             recipe, folder,
@@ -31,6 +32,10 @@ def make() -> Any:
                 grid, f"{folder.name}-{recipe.hash[:8]}", shared(recipe), d.sites, path / "arriving",
                 part=int(d.part_mb * 1e6), patience=d.patience,
             ),
+            logs.telling(d.sites),
         )  # fmt: skip
 
     return app
+
+
+app = make()
