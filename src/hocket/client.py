@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from hocket import wire
+from hocket import store, wire
 from hocket.codecs import Codec
 from hocket.codecs.base import sent_raw
 from hocket.methods import Job, Local, Method
@@ -86,6 +87,7 @@ def work(
     memory: Mapping[str, Any],
     rows: int = 1,
     traits: Mapping[str, Any] | None = None,
+    into: Path | None = None,
 ) -> Result:
     """Do one job. Pure: the same arguments give the same bytes, wherever and whenever it runs.
 
@@ -93,6 +95,7 @@ def work(
         view: the client's copy of the server's view at `job.version`; not written into.
         memory: the client's private tensors from before; not written into.
         rows: rows this client holds.
+        into: file to write the packet to, so that it is never in memory as a whole; `Result.blob` is empty then.
     """
     turn_of = {k: int(k.split("/")[1]) for k in memory if k.startswith("own/")}
     # the server says which earlier turns it still counts on; later ones matter when a turn is asked for again
@@ -107,9 +110,14 @@ def work(
     known = dict(past)
     if setting.carries:
         update = {k: x - past[CARRIED + k] if CARRIED + k in past else x for k, x in update.items()}
-    blob = setting.codec.encode(update, known)
+    blob = b""
+    if into is None:
+        blob = setting.codec.encode(update, known)
+    else:
+        store.put(into, lambda f: setting.codec.write(f, update, known))
+    packet = wire.Packet(into or blob, check=False)
     if setting.ahead or setting.carries:
-        sent: Mapping[str, Any] = update if setting.codec.lossless else setting.codec.decode(blob)
+        sent: Mapping[str, Any] = update if setting.codec.lossless else setting.codec.decode(packet)
         for k in sent:
             if setting.ahead:
                 keep[f"own/{job.turn}/{k}"] = sent[k]
@@ -118,7 +126,7 @@ def work(
     keep |= {f"{SENT}{job.visit}/{k}": v for k, v in known.items() if v is not past.get(k)}
     trained = {k: local.metrics.get(k, 1.0) for k in ("examples", "tokens")}
     weight = {**trained, "rows": float(rows), "uniform": 1.0}[setting.weighting]
-    raw = sent_raw(wire.Packet(blob, check=False).meta)
+    raw = sent_raw(packet.meta)
     beside = beside_bytes(setting.method, setting.codec, update)
     return Result(blob, keep, weight, local.metrics, setting.codec.work(update), raw, beside)
 

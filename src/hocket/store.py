@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
@@ -81,11 +81,13 @@ def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     return visit(skeleton)
 
 
-def put(path: Path, blob: bytes) -> None:
-    """Write a file whole or not at all. Raises `StoreError` if it cannot be written."""
+def put(path: Path, what: bytes | Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all: these bytes, or what a function writes to it. Raises `StoreError` if it cannot
+    be written."""
     part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(blob)
+        with part.open("wb") as f:
+            _ = f.write(what) if isinstance(what, bytes) else what(f)
         part.replace(path)
     except OSError as error:
         raise StoreError(

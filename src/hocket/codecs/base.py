@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, BinaryIO, ClassVar
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -71,6 +71,10 @@ class Codec:
     def encode(self, tree: Mapping[str, Tensor], memory: Tree | None = None) -> bytes:
         """A packet. `memory` (error feedback) is changed in place; stateless codecs ignore it."""
         return wire.pack(*self._packed(tree, memory))
+
+    def write(self, file: BinaryIO, tree: Mapping[str, Tensor], memory: Tree | None = None) -> int:
+        """Write the bytes of `encode` to an open file, without building them in memory; returns their number."""
+        return wire.write(file, *self._packed(tree, memory))
 
     def size(self, tree: Mapping[str, Tensor]) -> int:
         """Bytes of `encode(tree)`, from the same code but without copying the tensors together."""

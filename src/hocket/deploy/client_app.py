@@ -49,7 +49,7 @@ def handle(head: Mapping[str, Any], body: bytes | None, folder: Path, name: str)
         if op == "do":
             at = 0
             for job, size in head["packets"]:
-                courier.store(here / f"down-{int(job)}.hkt", 0, (body or b"")[at : at + int(size)], last=True)
+                courier.store(here / f"down-{int(job)}.hkt", 0, memoryview(body or b"")[at : at + int(size)], last=True)
                 at += int(size)
             if head["asks"] or head["forget"]:
                 taken = courier.ask(folder, {k: head[k] for k in ("run", "asks", "forget")} | {"op": "take"})

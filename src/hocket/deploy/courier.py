@@ -50,7 +50,7 @@ def hear(line: Connection) -> dict[str, Any]:
     return found
 
 
-def store(path: Path, offset: int, data: bytes, last: bool) -> None:
+def store(path: Path, offset: int, data: bytes | memoryview, last: bool) -> None:
     """Write a part of a packet at its place; with the last one the file gets its name. Parts may come twice.
 
     Raises:
