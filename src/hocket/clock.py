@@ -1,7 +1,7 @@
 """Virtual time: an event heap, three serial lanes a client, devices and their links.
 
-Time is computed from the plan (bytes / bandwidth + latency, steps x seconds a step), never from this machine's clock.
-Units: seconds, and megabytes a second with 1 MB = 10^6 bytes.
+Time is computed from the plan (bytes / bandwidth + latency + what each message costs, steps x seconds a step), never
+from this machine's clock. Units: seconds, and megabytes a second with 1 MB = 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ class Device:
     latency: float = Field(
         default=0.0, ge=0, description="seconds before a sent packet arrives, each way, beside its bytes"
     )
+    message_seconds: float = Field(
+        default=0.0, ge=0,
+        description="seconds for which each message takes up its link, both ways, beside its bytes: an engine's own",
+    )  # fmt: skip
     duplex: bool = Field(default=True, description="down and up at the same time; false: one at a time on one link")
     loss: float = Field(default=0.0, ge=0, le=1, description="probability that a job is lost on this client")
     detect: float = Field(default=0.0, ge=0, description="seconds until the server learns that a job was lost")
@@ -52,6 +56,14 @@ class Device:
             last = end
         if self.period is not None and (not self.online or self.period < last):
             raise ValueError(f"period: {self.period} s does not hold the windows of `online`, which end at {last} s")
+
+    def down_seconds(self, size: int) -> float:
+        """Seconds that a message of `size` bytes to this client takes up its link."""
+        return self.message_seconds + size / (self.down_mb_s * 1e6)
+
+    def up_seconds(self, size: int) -> float:
+        """Seconds that a message of `size` bytes from this client does."""
+        return self.message_seconds + size / (self.up_mb_s * 1e6)
 
     def next_change(self, now: float) -> tuple[float, bool] | None:
         """When this client next joins (True) or leaves (False) strictly after `now`; None if never again."""

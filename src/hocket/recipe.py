@@ -194,6 +194,8 @@ class Recipe(Section):
         """16 hex digits of everything that can change a result."""
         engine = {"executor", "workers", "gpus", "address", "checkpoint_every", "tensorboard"}
         plain = self.model_dump(mode="json", exclude={"name": True, "deployment": True, "engine": engine})
+        if not self.clients.device.message_seconds:  # recipes from before there was this field keep their hashes
+            del plain["clients"]["device"]["message_seconds"]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_toml(self) -> str:

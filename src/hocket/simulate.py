@@ -142,7 +142,7 @@ class Simulation:
         download = self.downlink.send(job, self.server)
         size = download.bytes - (0 if self.catch_up else download.catch_up)
         lane: Lane = "down" if device.duplex else "link"
-        start, end = self.clock.occupy(job.client, lane, self.clock.now, size / (device.down_mb_s * 1e6))
+        start, end = self.clock.occupy(job.client, lane, self.clock.now, device.down_seconds(size))
         seconds = self.steps[job.client] * device.step_seconds
         compute = self.clock.occupy(job.client, "compute", end + device.latency, seconds)
         draw = generator(self.server.seed, "loss", job.id)
@@ -201,7 +201,7 @@ class Simulation:
             self._requeue(client, self.queues[client][1:], end)
         self.server.computed(flight.job)
         lane: Lane = "up" if device.duplex else "link"
-        flight.up = self.clock.occupy(client, lane, end, result.size / (device.up_mb_s * 1e6))
+        flight.up = self.clock.occupy(client, lane, end, device.up_seconds(result.size))
         self.clock.schedule(flight.up[1] + device.latency, "arrived", key)
         self._next(client)
 
