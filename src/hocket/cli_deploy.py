@@ -14,9 +14,10 @@ deploy_app = typer.Typer(help="Machines of different owners.", no_args_is_help=T
 
 
 def add(app: typer.Typer) -> None:
-    """Add `serve`, `join` and `deploy` to the command line."""
+    """Add `serve`, `join`, `replay` and `deploy` to the command line."""
     app.command()(serve)
     app.command()(join)
+    app.command()(replay)
     app.add_typer(deploy_app, name="deploy")
 
 
@@ -115,3 +116,18 @@ def serve(
     from hocket import report
 
     typer.echo(f"report: {report.build([out], out / 'report.html')}")
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(help="Folder of a deployed run.", metavar="RUN")],
+    sites: Annotated[list[Path], typer.Argument(help="Each site's file, its rows in reach.", metavar="SITE...")],
+) -> None:
+    """Do a deployed run again from its ledger, every update in the order in which it came, and compare the models."""
+    from hocket.deploy import replay as record
+
+    found = record.replay(run, sites)
+    if found.recorded != found.replayed:
+        raise HocketError(
+            f"version {found.version}: the run's model has hash {found.recorded}, the replayed one {found.replayed}"
+        )
+    typer.echo(f"version {found.version}, {found.recorded}: the same model")

@@ -51,8 +51,7 @@ def read(path: Path) -> dict[str, Any]:
 def opener(site: Mapping[str, Any], beside: Path) -> Opener:
     """Opens runs with the site's own data, and its own place of the model, where it has one. Paths are as seen from
     `beside`, the folder of the site's file."""
-    source = str(site["data"]["source"])
-    source = str(beside / source) if (beside / source).exists() else source
+    source = place(site, beside)
 
     def opens(toml: str, client: int, folder: Path) -> Site:
         recipe = parse(tomllib.loads(toml))
@@ -60,17 +59,24 @@ def opener(site: Mapping[str, Any], beside: Path) -> Opener:
             if section in site:
                 changed = getattr(recipe, section).model_copy(update=dict(site[section]))
                 recipe = recipe.model_copy(update={section: changed})
-        experiment = Experiment(recipe, prepare=lambda r, tokenizer: _rows(r, tokenizer, client, site, source))
-        rows = len(experiment.data.clients[client])
+        experiment = Experiment(recipe, prepare=lambda r, tokenizer: rows(r, tokenizer, client, site, source))
+        held = len(experiment.data.clients[client])
         setting = experiment.setting()
-        who = recipe.server_clients([rows] * recipe.clients.count)[client]
+        who = recipe.server_clients([held] * recipe.clients.count)[client]
         start = experiment.trainer.start()
         return Site(setting, start, experiment.down, who, folder, recipe.clients.preloaded)
 
     return opens
 
 
-def _rows(recipe: Recipe, tokenizer: Any, client: int, site: Mapping[str, Any], source: str) -> Prepared:
+def place(site: Mapping[str, Any], beside: Path) -> str:
+    """Where a site's rows are, as seen from `beside`, the folder of its file, if they are there."""
+    source = str(site["data"]["source"])
+    return str(beside / source) if (beside / source).exists() else source
+
+
+def rows(recipe: Recipe, tokenizer: Any, client: int, site: Mapping[str, Any], source: str) -> Prepared:
+    """A site's rows as the recipe wants them, as those of client `client`; the others have none here."""
     d = recipe.data
     try:
         return apart.alone(
@@ -89,4 +95,4 @@ def shared(recipe: Recipe) -> str:
     return recipe.model_copy(update={"data": data}).to_toml()
 
 
-__all__ = ["Client", "opener", "read", "shared"]
+__all__ = ["Client", "opener", "place", "read", "rows", "shared"]
