@@ -122,6 +122,14 @@ class Fleet:
     def join(self, site: str) -> subprocess.Popen[bytes]:
         return self.start(site, sys.executable, "-m", "hocket", "join", self.at(site) / "site.toml")
 
+    def join_all(self) -> None:
+        """Let all sites join as soon as their keys are registered: earlier, a SuperNode would be refused and wait."""
+        log = self.run / "hub" / "superlink.log"
+        known = lambda: log.exists() and log.read_text(errors="replace").count("Created node_id") >= len(self.sites)
+        self.until(known, "registered keys")
+        for site in self.sites:
+            self.join(site)
+
     def pids(self, word: str, site: str | None = None) -> list[int]:
         """Living processes of this fleet with a word in their command, those of a site or all."""
         found = []
@@ -203,6 +211,10 @@ class Fleet:
         self.hocket("run", self.folder / "simulated.toml", "--out", out)
         (run,) = [p.parent for p in out.rglob("ledger.jsonl")] or [out]
         return parameters(run)
+
+    def resubmitted(self) -> int:
+        """How often the run was submitted again."""
+        return (self.folder / "serve.log").read_text().count('"resubmitted"')
 
     def flwr(self, home: Path, *words: object) -> str:
         """What Flower's own command prints, however it ends."""

@@ -214,6 +214,13 @@ class DeploymentSection(Section):
         64.0, gt=0, description="megabytes of a packet in one message; memory is about four times that"
     )
     patience: float = Field(300.0, ge=1, description="seconds a message may go unanswered before it is sent again")
+    rejoin: float = Field(
+        120.0, ge=0, description="seconds a site that went away has to come back to the jobs it was given"
+    )
+    norm_limit: Annotated[
+        float | None,
+        Field(gt=1, description="refuse updates over so many times as long as the median of those before; none: take"),
+    ] = None
     standstill: float = Field(
         3600.0,
         ge=1,

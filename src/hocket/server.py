@@ -117,6 +117,10 @@ class Server:
     def _ship(self, client: int, since: int) -> Tree:
         return self.method.ship(self.state, self.clients[client], self.version, since, self.changed)
 
+    def whole(self, client: int) -> Tree:
+        """What a client that holds nothing would be sent now."""
+        return self._ship(client, -1)
+
     def latest(self, job: Job) -> Tree | None:
         """What the job's client would have been sent had it held the version before; the rest of its payload is
         catching up. None if it did hold that version, or nothing yet. Ask right after `poll`."""

@@ -20,17 +20,20 @@ from typing import Any
 
 from hocket import store, wire
 from hocket.codecs import Codec
+from hocket.deploy import saving
+from hocket.deploy.again import again, renew
+from hocket.deploy.checks import Norms
+from hocket.deploy.logs import say
 from hocket.deploy.nouns import Answered, Ask, Event, Failed, Joined, Left, Link, Request
-from hocket.deploy.site import job_of, plain
-from hocket.deploy.ways import Out, Way, uses
+from hocket.deploy.ways import Out, Way, fingerprint, same, uses
 from hocket.errors import RunError, WireError
 from hocket.evaluations import Evaluations
 from hocket.ledger import Ledger
 from hocket.methods import Job, Update
 from hocket.server import Server
+from hocket.tree import nbytes
 
 log = logging.getLogger(__name__)
-REJOIN = 120.0  # seconds that sites have to come back to a server that was started anew
 TRIES = 5  # of a message that the link could not carry, before its site's jobs are given up
 
 
@@ -47,34 +50,39 @@ class Deployment:
         ready: how many sites must have joined before the first is asked.
         on_event: called after every event, when the state may be saved; may raise `Interrupted`.
         patience: seconds without any event or open job after which a run that cannot go on ends with an error.
+        rejoin: seconds that sites have to come back, to this process or to the next one, before their jobs are lost.
+        norms: refuses updates of a norm far from that of others.
     """
 
     def __init__(
         self, server: Server, link: Link, down: Codec, up: Codec, folder: Path, ledger: Ledger,
         evaluations: Evaluations, ready: int = 1, on_event: Callable[[], None] = lambda: None,
-        patience: float = 600.0, now: Callable[[], float] = time.monotonic,
+        patience: float = 600.0, rejoin: float = 120.0, norms: Norms | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.server, self.link, self.down, self.up = server, link, down, up
         self.ledger, self.evaluations, self.ready, self.on_event = ledger, evaluations, ready, on_event
         self.outbox, self.inbox = folder / "out", folder / "inbox"
         for f in (self.outbox, self.inbox):
             f.mkdir(parents=True, exist_ok=True)
-        self.patience, self._now = patience, now
-        self._origin = now()
+        self.patience, self.rejoin, self.norms, self.now = patience, rejoin, norms or Norms(None), now
+        self.away: dict[int, float] = {}  # who has jobs and cannot be reached -> until when he may come back
+        self.largest = (64 << 20) + 4 * nbytes(server.state["params"])  # bytes of an upload
+        self.origin = now()
         self.out: dict[int, Out] = {}
         self.ways: dict[int, Way] = {}
         self.requests = self.events = 0
         self.begun = self.finished = False
         self._spent: list[Path] = []  # of the inbox; deleted once a checkpoint knows of them
-        self._missed: set[int] = set()  # who was there before the server was started anew, and has not come back
-        self._patient = 0.0
+        self.missed: set[int] = set()  # who was there before the server was started anew, and has not come back
+        self.patient = 0.0
         for c in server.clients:
             server.left(c)
 
     @property
     def t(self) -> float:
         """Seconds since the run began, over all its processes."""
-        return self._now() - self._origin
+        return self.now() - self.origin
 
     # --- the loop -----------------------------------------------------------------------------------------------
     def run(self) -> None:
@@ -84,6 +92,7 @@ class Deployment:
             RunError: nobody is left to ask and nothing is under way.
             Interrupted: `on_event` or an evaluation was asked to stop; the state is consistent and can be saved.
         """
+        self.ledger.add("begin", t=self.t)
         self._recover()
         quiet = self.t
         while True:
@@ -110,11 +119,11 @@ class Deployment:
             if record is None:
                 break
             for job in record.pop("jobs"):
-                self._spent += [self._upload(job), self._told(job)]
+                self._spent += [self.upload(job), self._told(job)]
             self.ledger.add("step", t=self.t, **record, **self.ledger.bytes)
             self.evaluations.stepped()
         # asked too early, a turn would be of those alone who were quickest to come back
-        waiting = self._missed and self.t < self._patient
+        waiting = self.missed and self.t < self.patient
         for job in self.server.poll() if self.begun and not waiting else ():
             self._ask(job)
         for client in list(self.ways):
@@ -127,10 +136,11 @@ class Deployment:
 
     # --- asking -------------------------------------------------------------------------------------------------
     def _ask(self, job: Job) -> None:
-        blob = self.down.encode(job.payload)
-        store.put(self.outbox / f"{job.id}.hkt", blob)
-        self.out[job.id] = Out(replace(job, payload={}), self.t, len(blob))
+        packet = self.outbox / f"{job.id}.hkt"
+        store.put(packet, lambda f: self.down.write(f, job.payload))
+        self.out[job.id] = Out(replace(job, payload={}), self.t, packet.stat().st_size)
         self.ways.setdefault(job.client, Way()).waiting.append(job.id)
+        self.ledger.add("ask", t=self.t, client=job.client, job=job.id, turn=job.turn, version=job.version)
 
     def _push(self, client: int) -> None:
         """Send what the site lacks, if no message to it is open."""
@@ -139,7 +149,7 @@ class Deployment:
             return
         asks = tuple(Ask(self.out[j].job, self.outbox / f"{j}.hkt") for j in way.waiting)
         way.sent, way.waiting = way.sent + way.waiting, []
-        way.request = Request(self.requests, client, asks, way.sent[0], tuple(way.forget))
+        way.request = Request(self.requests, client, asks, way.sent[0], tuple(way.forget), self.largest)
         way.forget, way.tries = [], 0
         self.requests += 1
         for a in asks:
@@ -165,17 +175,24 @@ class Deployment:
         if client in self.server.online:  # it was away for less time than it takes to notice
             self._left(client)
         known = self.server.clients[client]
-        self.server.clients[client] = replace(known, rows=int(hello.get("rows", known.rows)))
-        self.server.holds(client, int(hello.get("version", -1)))
+        rows, version = int(hello.get("rows", known.rows)), int(hello.get("version", -1))
+        self.server.clients[client] = replace(known, rows=rows)
+        self.server.holds(client, version)
         self.server.joined(client)
-        self._missed.discard(client)
-        self.ledger.add("join", t=self.t, client=client)
+        self.away.pop(client, None)
+        self.missed.discard(client)
+        self.ledger.add("join", t=self.t, client=client, rows=rows, version=version)
 
     def _left(self, client: int) -> None:
         if client not in self.server.online:
             return
         self.server.left(client)
-        self._drop(client, "offline")
+        way = self.ways.setdefault(client, Way())
+        for j in [j for j in way.sent if self.out[j].abandoned]:
+            way.sent.remove(j)
+            self._lose(j, "deadline")
+        again(self, way)
+        self.away[client] = self.t + self.rejoin
         self.ledger.add("leave", t=self.t, client=client)
 
     def _drop(self, client: int, reason: str) -> None:
@@ -191,18 +208,19 @@ class Deployment:
             self.server.lost(out.job)
             self._note_lost(out.job, reason)
 
-    def _note_lost(self, job: Job, reason: str) -> None:
-        self.ledger.add("lost", t=self.t, client=job.client, job=job.id, turn=job.turn, reason=reason)
+    def _note_lost(self, job: Job, reason: str, late: bool | None = None) -> None:
+        """`late`: its site may still be at it."""
+        self.ledger.add("lost", t=self.t, client=job.client, job=job.id, turn=job.turn, reason=reason, late=late)
 
     def _answered(self, event: Answered) -> None:
         way, out = self.ways.get(event.client), self.out.get(event.job)
         if way is not None and way.request is not None and way.request.answer == event.job:
             way.request = None
         known = way is not None and out is not None and event.job in way.sent
-        if way is None or out is None or not known or not _same(event.told, out.job):
+        if way is None or out is None or not known or not same(event.told, out.job):
             event.packet.unlink(missing_ok=True)  # it came twice, or after its site was given up
             return
-        packet = self._upload(event.job)
+        packet = self.upload(event.job)
         if event.packet != packet:
             event.packet.replace(packet)
         store.put(self._told(event.job), json.dumps(dict(event.told)).encode())
@@ -213,20 +231,25 @@ class Deployment:
         job = out.job
         way.sent.remove(job.id)
         way.forget.append(job.id)
+        way.renewed = 0
         del self.out[job.id]
         (self.outbox / f"{job.id}.hkt").unlink(missing_ok=True)
         size = packet.stat().st_size
         for what, row in uses(out, told, size, self.t):
-            self.ledger.add(what, **row)
+            self.ledger.add(what, **row, **({"digest": fingerprint(packet)} if what == "up" else {}))
         self.server.computed(job)
         refused: str | None = "late"
         if not out.abandoned:
+            blank = Update(job.id, job.client, job.version, job.turn, {}, 0.0, bytes=size)
             try:
                 payload = self.up.decode(wire.Packet(packet))
                 weight, metrics = float(told["weight"]), dict(told["metrics"])
-                update = Update(job.id, job.client, job.version, job.turn, payload, weight, metrics, size)
-                refused = self.server.receive(update)
+                norm = self.norms.look(payload)
+                refused = self.server.receive(replace(blank, payload=payload, weight=weight, metrics=metrics))
+                if refused is None:
+                    self.norms.accept(norm)
             except (WireError, KeyError, TypeError, ValueError) as error:
+                self.server.receive(blank)  # without weight: refused, as whatever it cannot take
                 refused = f"rejected: {error}"
             if refused:
                 self.server.lost(job)
@@ -238,8 +261,10 @@ class Deployment:
         way = self.ways.get(event.client)
         if way is None or way.request is None or way.request.id != event.request:
             return
-        log.warning("client %d: %s", event.client, event.reason)
-        if event.kind == "link" and way.tries < TRIES:
+        again = event.kind == "link" and way.tries < TRIES
+        fields = {"client": event.client, "job": way.request.answer, "kind": event.kind, "reason": event.reason}
+        say(log, "retry" if again else "failed", logging.WARNING, **fields, tries=way.tries)
+        if again:
             way.tries += 1
             self.link.send(way.request)
         elif event.kind == "job":
@@ -248,18 +273,23 @@ class Deployment:
             way.forget.append(job)
             self._lose(job, event.reason)
         else:
-            self._drop(event.client, event.reason)
+            if event.kind != "lost" or not renew(self, event.client, way):
+                self._drop(event.client, event.reason)
             if event.kind == "lost":
                 self.server.holds(event.client, -1)
+                self.ledger.add("holds", t=self.t, client=event.client, version=-1)
 
     def _expire(self) -> None:
-        """Jobs past their deadline: not waited for any more."""
+        """Jobs past their deadline, and those of sites that have not come back: not waited for any more."""
+        for client in [c for c, until in self.away.items() if self.t >= until]:
+            del self.away[client]
+            self._drop(client, "offline")
         for out in list(self.out.values()):
             job = out.job
             if job.deadline is None or out.abandoned or self.t < out.asked + job.deadline:
                 continue
             out.abandoned = True
-            self._note_lost(job, "deadline")
+            self._note_lost(job, "deadline", late=out.sent is not None or None)
             if out.sent is None:
                 self.server.lost(job)
                 self.ways[job.client].waiting.remove(job.id)
@@ -270,13 +300,7 @@ class Deployment:
     # --- saving -------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """Everything between two events."""
-        outs = [{**vars(o), "job": plain(o.job)} for o in self.out.values()]
-        ways = {c: {"waiting": w.waiting, "sent": w.sent, "forget": w.forget} for c, w in self.ways.items()}
-        return {
-            "server": self.server.state_dict(), "out": outs, "ways": ways, "t": self.t, "requests": self.requests,
-            "events": self.events, "begun": self.begun, "evaluations": self.evaluations.state_dict(),
-            "ledger": self.ledger.state_dict(),
-        }  # fmt: skip
+        return saving.state(self)
 
     def saved(self) -> None:
         """A checkpoint of the state as it is now is on disk: what only an older one needed can go."""
@@ -287,38 +311,22 @@ class Deployment:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Become the deployment that `state_dict` described. Nobody is there until he joins again, and jobs that were
         out still are: their sites may have done them."""
-        self.ledger.load_totals(saved["ledger"])
-        self.server.load_state_dict(saved["server"], lambda job: self.up.decode(wire.Packet(self._upload(job))))
-        self.out = {o["job"]["id"]: Out(**{**o, "job": job_of(o["job"])}) for o in saved["out"]}
-        self.ways = {
-            int(c): Way(list(w["waiting"]), list(w["sent"]), list(w["forget"])) for c, w in saved["ways"].items()
-        }
-        self.requests, self.events, self.begun = saved["requests"], saved["events"], saved["begun"]
-        self.evaluations.load_state_dict(saved["evaluations"])
-        self._origin = self._now() - saved["t"]
-        self._missed, self._patient = set(self.server.online), self.t + REJOIN
-        for c in self.server.clients:
-            self.server.left(c)
+        saving.load(self, saved)
 
     def _recover(self) -> None:
         """Hear again what had arrived after the last checkpoint, in the order of arrival."""
         told = [(p.stat().st_mtime_ns, int(p.stem)) for p in self.inbox.glob("*.json")]
         for _, job in sorted(told):
-            out, packet, note = self.out.get(job), self._upload(job), json.loads(self._told(job).read_text())
-            if out is not None and packet.exists() and _same(note, out.job):
+            out, packet, note = self.out.get(job), self.upload(job), json.loads(self._told(job).read_text())
+            if out is not None and packet.exists() and same(note, out.job):
                 way = self.ways[out.job.client]
                 if job in way.waiting:  # its message left after the checkpoint
                     way.waiting.remove(job)
                     way.sent.append(job)
                 self._take(way, out, note, packet)
 
-    def _upload(self, job: int) -> Path:
+    def upload(self, job: int) -> Path:
         return self.inbox / f"{job}.hkt"
 
     def _told(self, job: int) -> Path:
         return self.inbox / f"{job}.json"
-
-
-def _same(told: Mapping[str, Any], job: Job) -> bool:
-    """Whether what was told is of this job, not of one that had its id before a server went back to a checkpoint."""
-    return all(told.get(k) == getattr(job, k) for k in ("client", "version", "turn", "visit"))

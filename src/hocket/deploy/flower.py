@@ -19,6 +19,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from hocket.deploy import checks
 from hocket.deploy.logs import say
 from hocket.deploy.messages import content, read
 from hocket.deploy.nouns import Answered, Ask, Event, Failed, Joined, Left, Request
@@ -43,14 +44,15 @@ class FlowerLink:
         part: bytes of a packet in one message.
         poll: seconds between looks for a reply.
         patience: seconds a message may take before it counts as lost; a site's answer may take longer, in several.
+        pause: seconds after one that failed, so that a worker or node has time to come back before the next.
     """
 
     def __init__(
         self, grid: Grid, run: str, recipe: str, sites: Sequence[str], folder: Path, part: int = 64 << 20,
-        poll: float = 0.1, patience: float = 300.0,
+        poll: float = 0.1, patience: float = 300.0, pause: float = 5.0,
     ) -> None:  # fmt: skip
         self.grid, self.run, self.recipe, self.sites, self.folder = grid, run, recipe, list(sites), folder
-        self.part, self.poll, self.patience = part, poll, patience
+        self.part, self.poll, self.patience, self.pause = part, poll, patience, pause
         folder.mkdir(parents=True, exist_ok=True)
         self._events: queue.Queue[Event] = queue.Queue()
         self._todo: dict[int, queue.Queue[Request | None]] = {}  # by client
@@ -100,8 +102,7 @@ class FlowerLink:
             for c in gone:
                 del self._nodes[c]
                 self._todo.pop(c).put(None)
-        for c in gone:
-            self._events.put(Left(c))
+                self._events.put(Left(c))  # before anybody hears that it is not connected
 
     def _meet(self, node: int) -> None:
         """Learn which site a node is, have it open the run, and begin its conversation."""
@@ -111,14 +112,8 @@ class FlowerLink:
                 say(log, "node refused", logging.WARNING, node=node, site=name, reason="no site of this run")
                 return
             client = self.sites.index(name)
-            hello: dict[str, Any] = {"failed": "link"}
-            while hello.get("failed") == "link" and not self._closed.is_set():
-                question = {"op": "hello", "run": self.run, "recipe": self.recipe, "client": client}
-                hello = self._say(node, question, patience=3600.0)[0]
-                if hello.get("failed"):
-                    say(log, "not open yet", logging.WARNING, site=name, reason=hello.get("reason"))
-                    time.sleep(5.0)
-            if hello.get("failed"):
+            hello = self._open(client, node)
+            if hello is None:
                 return
         except Gone as error:
             say(log, "node does not answer", logging.WARNING, node=node, reason=str(error))
@@ -130,19 +125,41 @@ class FlowerLink:
                 return
             self._nodes[client] = node
             todo = self._todo[client] = queue.Queue()
-        self._events.put(Joined(client, {k: hello[k] for k in ("rows", "version") if k in hello}))
+        self._events.put(Joined(client, hello))
         threading.Thread(target=self._converse, args=(client, node, todo), daemon=True).start()
+
+    def _open(self, client: int, node: int) -> dict[str, int] | None:
+        """Have a site open the run, once it has a worker; what it says of itself, None if it cannot. Raises `Gone`."""
+        question = {"op": "hello", "run": self.run, "recipe": self.recipe, "client": client}
+        while not self._closed.is_set():
+            found = self._say(node, question, patience=3600.0)[0]
+            if "failed" not in found:
+                try:
+                    return checks.hello(found)
+                except ValueError as error:
+                    found = {"failed": "job", "reason": f"hello: {error}"}
+            say(log, "not open yet", logging.WARNING, site=self.sites[client], reason=found.get("reason"))
+            if found["failed"] != "link":
+                return None
+            self._closed.wait(self.pause)
+        return None
 
     # --- talking ------------------------------------------------------------------------------------------------
     def _converse(self, client: int, node: int, todo: queue.Queue[Request | None]) -> None:
         while (request := todo.get()) is not None:
+            event: Event
             try:
-                self._events.put(self._serve(client, node, request))
-            except Gone as error:
-                self._events.put(Failed(client, request.id, "link", str(error)))
+                event = self._serve(client, node, request)
+            except (Gone, OSError) as error:  # this machine's disk may be full for a while
+                event = Failed(client, request.id, "link", str(error))
+            except ValueError as error:
+                event = Failed(client, request.id, "job", f"rejected: {error}")
             except Exception as error:  # an event for the engine in any case: it waits for one
                 log.exception("site %d", client)
-                self._events.put(Failed(client, request.id, "lost", f"{type(error).__name__}: {error}"))
+                event = Failed(client, request.id, "lost", f"{type(error).__name__}: {error}")
+            if isinstance(event, Failed) and event.kind == "link":
+                self._closed.wait(self.pause)
+            self._events.put(event)
 
     def _serve(self, client: int, node: int, r: Request) -> Event:
         sizes = [a.packet.stat().st_size for a in r.asks]
@@ -157,17 +174,23 @@ class FlowerLink:
         while told.get("wait"):
             told, body = self._say(node, do | {"asks": [], "packets": [], "forget": []})
         if "failed" in told:
-            return Failed(client, r.id, str(told["failed"]), str(told.get("reason")))
+            kind = "job" if told["failed"] not in ("link", "lost") else str(told["failed"])
+            if kind == "lost" and self._open(client, node) is None:  # its worker was started anew
+                kind = "job"
+            return Failed(client, r.id, kind, str(told.get("reason"))[:1000])
+        said, size = checks.told(told.get("told")), int(told.get("size", 0))
+        if size > r.largest:
+            raise ValueError(f"an upload of {size} bytes; at most {r.largest} can be one")
         path = self.folder / f"came-{client}-{r.id}.hkt"
         with path.open("wb") as f:
-            at = f.write(body or b"")
-            while at < int(told["size"]):
+            at = f.write((body or b"")[: size + 1])
+            while at < size:
                 head = {"op": "fetch", "run": self.run, "job": r.answer, "offset": at, "part": self.part}
                 more, body = self._say(node, head)
                 if "failed" in more or not body:
                     raise Gone(str(more.get("reason", "an upload ends before its end")))
-                at += f.write(body)
-        return Answered(client, r.answer, told["told"], path)
+                at += f.write(body[: size - at + 1])
+        return Answered(client, r.answer, said, path)
 
     def _upload(self, node: int, ask: Ask) -> None:
         """A packet in parts, each read when the one before has arrived."""

@@ -248,12 +248,12 @@ def busy(run: Path) -> bool:
 
 def drive(
     hub: Hub, processes: Sequence[Process], app: Path, recipe: Path, run: Path, stop: Callable[[], bool],
-    grace: float = 60.0, every: float = 1.0, tries: int = 20,
+    grace: float = 60.0, again: float = 5.0, every: float = 1.0, tries: int = 20,
 ) -> None:  # fmt: skip
     """Submit the run, and again whenever nobody is at work on it and it has not ended.
 
     Args:
-        grace: seconds that a server app may take to begin.
+        grace: seconds that a server app may take to begin; `again`: between the end of one and the next.
         tries: submissions without any progress after which this gives up.
 
     Raises:
@@ -265,16 +265,18 @@ def drive(
             p.look()
         size = (run / "ledger.jsonl").stat().st_size if (run / "ledger.jsonl").exists() else 0
         if busy(run):
-            since = time.monotonic() - grace / 2  # it has begun: not as patient with the next
+            since = time.monotonic() - grace + again  # it had begun: if it is gone, it is gone
         elif time.monotonic() - since > grace:
             left = tries if size > seen else left - 1
             if left <= 0:
                 raise RunError(f"the run does not go on; its last words are in the logs in '{hub.folder}'")
             seen, since = size, time.monotonic()
             try:
+                listening(hub.inner)
                 event = "submitted" if first else "resubmitted"
                 say(log, event, flower_run=hub.submit(app, recipe, run))
                 first = False
             except RunError as error:
                 say(log, "not submitted", logging.WARNING, reason=str(error), tries_left=left)
+                since = time.monotonic() - grace + again
         time.sleep(every)

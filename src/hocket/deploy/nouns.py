@@ -37,6 +37,7 @@ class Request:
         asks: jobs that the site was not sent yet, in the order in which it does them.
         answer: the job whose update is to come back.
         forget: jobs that nobody waits for any more.
+        largest: bytes that an upload may have.
     """
 
     id: int
@@ -44,6 +45,7 @@ class Request:
     asks: tuple[Ask, ...]
     answer: int
     forget: tuple[int, ...] = ()
+    largest: int = 1 << 40
 
 
 @dataclass(frozen=True)

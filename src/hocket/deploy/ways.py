@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hocket.deploy.nouns import Request
@@ -37,6 +39,7 @@ class Way:
     forget: list[int] = field(default_factory=list)
     request: Request | None = None
     tries: int = 0
+    renewed: int = 0  # times that its jobs were made whole since an update came
 
 
 def uses(out: Out, told: Mapping[str, Any], size: int, now: float) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -59,5 +62,16 @@ def uses(out: Out, told: Mapping[str, Any], size: int, now: float) -> Iterator[t
     metrics = {k: v for k, v in sorted(told.get("metrics", {}).items()) if k in ("loss", "steps", "skipped")}
     yield "down", row | {"start": began, "end": began + down, "bytes": out.bytes}
     yield "compute", row | {"start": start, "end": end, "bytes": 0} | metrics
-    more = {"raw": told.get("raw") or None, "beside": told.get("beside") or None}
+    more = {"raw": told.get("raw") or None, "beside": told.get("beside") or None, "after": told.get("after")}
     yield "up", row | {"start": min(now, end + kept), "end": now, "bytes": size} | more
+
+
+def fingerprint(packet: Path) -> str:
+    """16 hex digits of an upload's bytes."""
+    with packet.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+def same(told: Mapping[str, Any], job: Job) -> bool:
+    """Whether what was told is of this job, not of one that had its id before a server went back to a checkpoint."""
+    return all(told.get(k) == getattr(job, k) for k in ("client", "version", "turn", "visit"))
