@@ -74,6 +74,9 @@ def serve(
     inner: Annotated[int, typer.Option(help="Port of the SuperLink, on the loopback interface.")] = 18000,
     host: Annotated[str, typer.Option(help="Interface for sites.")] = "0.0.0.0",
     metrics: Annotated[int | None, typer.Option(help="Port of Prometheus metrics, on the loopback interface.")] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="SuperLink without a database: faster with large models.")
+    ] = False,
     log: LogForm = None,
 ) -> None:
     """Run a recipe with sites: a SuperLink, the gate before it, and the run; goes on after any of them was killed."""
@@ -91,7 +94,7 @@ def serve(
             "--server: without certificates and keys only this machine can take part; use --host 127.0.0.1"
         )
     nodes = server.resolve() / "nodes" if server else None
-    hub = launch.Hub(home, port, inner, host, server.resolve() if server else None, nodes)
+    hub = launch.Hub(home, port, inner, host, server.resolve() if server else None, nodes, memory=memory)
     app = files.app(home / "app")
     processes, stop = hub.processes(), Stop()
     scraped = None

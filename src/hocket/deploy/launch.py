@@ -163,6 +163,7 @@ class Hub:
         certificates: folder with ca.crt, server.pem, server.key; none: plain HTTP, for one machine.
         nodes: folder with the public keys of nodes that may connect; none: anybody may.
         port: of the gate, for sites; `inner`: of the SuperLink, on the loopback interface.
+        memory: whether the SuperLink keeps what passes through it in memory, instead of a database in `folder`.
     """
 
     folder: Path
@@ -171,6 +172,7 @@ class Hub:
     host: str = "0.0.0.0"
     certificates: Path | None = None
     nodes: Path | None = None
+    memory: bool = False
 
     @property
     def env(self) -> dict[str, str]:
@@ -185,7 +187,7 @@ class Hub:
             else ["--insecure"]
         )
         link = [flower("flower-superlink"), "--host", "127.0.0.1", "--port", str(self.inner), *map(str, tls)]
-        link += ["--database", str(self.folder / "superlink.db")]
+        link += [] if self.memory else ["--database", str(self.folder / "superlink.db")]
         link += ["--enable-supernode-auth"] if self.nodes else []
         gate = [sys.executable, "-m", "hocket.deploy.gated", self.host, str(self.port), str(self.inner), str(c or "")]
         return [
@@ -253,6 +255,7 @@ def drive(
     """Submit the run, and again whenever nobody is at work on it and it has not ended.
 
     Args:
+        processes: the hub's, its SuperLink first.
         grace: seconds that a server app may take to begin; `again`: between the end of one and the next.
         tries: submissions without any progress after which this gives up.
 
@@ -260,9 +263,13 @@ def drive(
         RunError: the run cannot begin, or always ends at the same place.
     """
     since, left, seen, first = -grace, tries, -1, True
+    link = processes[0].running
     while not stop() and not ended(run):
         for p in processes:
             p.look()
+        if hub.memory and processes[0].running not in (None, link):
+            link = processes[0].running
+            hub.connect()  # it was killed, and knows of no site's key any more
         size = (run / "ledger.jsonl").stat().st_size if (run / "ledger.jsonl").exists() else 0
         if busy(run):
             since = time.monotonic() - grace + again  # it had begun: if it is gone, it is gone

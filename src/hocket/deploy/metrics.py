@@ -6,16 +6,21 @@ What is counted anew after a checkpoint goes down a little, which Prometheus tak
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hocket.deploy.logs import say
 from hocket.errors import HocketError, RunError, need
 from hocket.live import KINDS, Follower
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
+
+
+log = logging.getLogger(__name__)
 
 
 class Exporter:
@@ -32,7 +37,8 @@ class Exporter:
 
     def __init__(self, folder: Path, port: int) -> None:
         library = need("prometheus_client", "prometheus")
-        self.folder, self._run, self._lock = folder, None, threading.Lock()
+        self.folder, self._told, self._lock = folder, "", threading.Lock()
+        self._run: Follower | None = None
         registry = library.CollectorRegistry(auto_describe=False)
         registry.register(self)
         try:
@@ -40,8 +46,6 @@ class Exporter:
         except OSError as error:
             raise RunError(f"--metrics {port}: {error.strerror}; choose another port") from error
         self.port = int(self._server.server_port)
-
-    _run: Follower | None
 
     def close(self) -> None:
         """Stop listening."""
@@ -99,7 +103,10 @@ class Exporter:
         try:
             self._run = self._run or Follower(self.folder)
             self._run.refresh()
-        except (HocketError, OSError):  # not there yet, or not readable just now
+        except (HocketError, OSError) as error:  # not there yet, or not readable just now
+            if str(error) != self._told:
+                self._told = str(error)
+                say(log, "no metrics", reason=self._told)
             return None
         return self._run if self._run.begun else None
 

@@ -84,7 +84,7 @@ class Site:
                 return
             if job.since is not None and job.since > self.version:
                 raise Lost(f"job {job.id} builds on version {job.since}, and version {self.version} is what is here")
-            view = self._load(job, self.down.decode(packet if isinstance(packet, bytes) else packet.read_bytes()))
+            view = self._load(job, self.down.decode(wire.Packet(packet)))
             if done:  # asked again by a server that went back to a checkpoint: what it brought is news all the same
                 return
             self.forget(job.id)  # another job had this id before the server did
@@ -103,7 +103,7 @@ class Site:
         """What is held once the payload has arrived; news of versions that are here already are left out."""
         method = self.setting.method
         if method.rebuilds:
-            return method.load(self._start, payload)
+            return method.load(self._start, dict(payload))
         if job.since is None or job.since < 0:  # all of it: the server may have gone back to an older version
             self.version = -1
         known = {k for k in payload if (v := k.partition("/")[0]).isdigit() and "/" in k and int(v) <= self.version}
@@ -126,6 +126,8 @@ class Site:
                 return None
             if (task := self._tasks.get(job)) is not None and task.failure:
                 raise HocketError(task.failure)
+            if not self._told(job).exists():
+                raise Lost(f"job {job} was not done when its site was closed")
             told = json.loads(self._told(job).read_text())
             if task is not None and task.ended is not None:
                 told["kept"] = self._now() - task.ended
@@ -172,13 +174,13 @@ class Site:
     def _do(self, task: _Task) -> None:
         job, began = task.job, self._now()
         try:
-            result = work(self.setting, job, task.view, self.memory(), self.client.rows, self.client.traits)
+            me, into = self.client, self._packet(job.id)
+            result = work(self.setting, job, task.view, self.memory(), me.rows, me.traits, into=into)
             ended = self._now()
             told: dict[str, Any] = _key(vars(job))
             told |= {k: getattr(result, k) for k in ("weight", "metrics", "raw", "beside")}
-            told |= {"waited": began - task.came, "computed": ended - began, "kept": 0.0}
-            store.put(self._memory(job.id), wire.pack(result.memory))
-            store.put(self._packet(job.id), result.blob)
+            told |= {"waited": began - task.came, "computed": ended - began, "kept": 0.0, "after": self._remembers}
+            store.put(self._memory(job.id), lambda f: wire.write(f, result.memory))
             store.put(self._told(job.id), json.dumps(told).encode())  # with it, all of this counts
             before, self._remembers = self._remembers, job.id
             store.put(self.folder / "memory.json", json.dumps(job.id).encode())
