@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def opener(site: Mapping[str, Any], beside: Path) -> Opener:
             if section in site:
                 changed = getattr(recipe, section).model_copy(update=dict(site[section]))
                 recipe = recipe.model_copy(update={section: changed})
-        experiment = Experiment(recipe, prepare=lambda r, tokenizer: rows(r, tokenizer, client, site, source))
+        experiment = Experiment(recipe, pace(), lambda r, tokenizer: rows(r, tokenizer, client, site, source))
         held = len(experiment.data.clients[client])
         setting = experiment.setting()
         who = recipe.server_clients([held] * recipe.clients.count)[client]
@@ -67,6 +69,18 @@ def opener(site: Mapping[str, Any], beside: Path) -> Opener:
         return Site(setting, start, experiment.down, who, folder, recipe.clients.preloaded)
 
     return opens
+
+
+def pace() -> Callable[[], bool]:
+    """What a site's trainer asks before each local step. For benchmarks: HOCKET_STEP_SECONDS in a worker's environment
+    makes it wait that long first, so that a site is slow and its machine idle."""
+    seconds = float(os.environ.get("HOCKET_STEP_SECONDS", "0"))
+
+    def ask() -> bool:
+        time.sleep(seconds)
+        return False
+
+    return ask
 
 
 def place(site: Mapping[str, Any], beside: Path) -> str:
