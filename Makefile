@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format bench parablock async cllora lora clean
+.PHONY: help env demo test lint format bench parablock async cllora lora fleet clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ cllora: $(READY)  ## texts unequal among clients, resumable (about half an hour;
 	$(BIN)/python -m hocket compare benchmarks/cllora/*.toml --jobs 1 --results benchmarks/cllora/results
 	$(BIN)/python benchmarks/cllora/local.py
 	$(BIN)/python benchmarks/cllora/report.py
+
+fleet: $(READY)  ## a real fleet over shaped links, beside what simulate says (as root; about 45 minutes; see docs/deployment.md)
+	$(BIN)/python benchmarks/deploy/overlap.py
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
