@@ -239,6 +239,7 @@ FORMULA = {  # bytes of the payload a round and client, up, from each method's f
     **{name: lambda v, turn: 6 * 1 + 4 for name in ("fedkseed", "fedkseed-pro")},  # one step, and the rate
     "ferret": lambda v, turn: 4 * 64 + 4 * len(blocks(v)) + 8,
     "fedkrso": of(B),  # one interval, one subspace
+    "fedkrso-feedback": lambda v, turn: of(A if turn % 2 else B)(v, turn),
 }
 
 

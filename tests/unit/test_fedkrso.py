@@ -104,7 +104,7 @@ def test_who_did_not_use_a_subspace_counts_in_its_mean() -> None:
 
 def subspaces(n: int, r: int, count: int, seed: int = 1) -> torch.Tensor:
     like = torch.zeros(1, r, dtype=torch.float64)
-    return torch.stack([fedkrso._subspace(seed, k, "m", r, n, like) for k in range(count)])
+    return torch.stack([fedkrso.random_subspace(seed, k, "m", r, n, like) for k in range(count)])
 
 
 def test_projections_are_unbiased_and_inflated_as_the_sheet_says() -> None:
@@ -162,7 +162,7 @@ def test_a_client_does_the_papers_loop(arch: str, optimizer: str) -> None:
     view.place({k: v for k, v in start.items() if k != SEED})
     for step, (batch,) in enumerate(w.trainer._batches(local)):
         i = order[step // 2]
-        ps = {k: fedkrso._subspace(int(seed, 16), i, k, 2, x.shape[1], x) for k, x in weights.items()}
+        ps = {k: fedkrso.random_subspace(int(seed, 16), i, k, 2, x.shape[1], x) for k, x in weights.items()}
         if step % 2 == 0:
             coordinates = {k: torch.nn.Parameter(torch.zeros_like(start[k + B])) for k in weights}
             make = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
@@ -199,7 +199,7 @@ def test_with_orthonormal_square_p_it_is_plain_fedavg(monkeypatch: pytest.Monkey
         g = torch.randn(width, width, dtype=torch.float64, generator=generator(seed, k, module))
         return torch.linalg.qr(g).Q
 
-    monkeypatch.setattr(fedkrso, "_subspace", rotation)
+    monkeypatch.setattr(fedkrso, "random_subspace", rotation)
     w = exact("llama", spec(rank=16, rescale=False, targets=["q_proj", "v_proj"]), 3, lr=0.5).run()
     names = {k.removeprefix(PREFIX).replace(BASE, ".weight"): k for k in w.final if k.endswith(BASE)}
     monkeypatch.setattr(FedAvg, "trains", lambda self, local: names.__contains__)
@@ -222,7 +222,7 @@ def test_one_subspace_and_interval_is_ffa_lora_merged(arch: str) -> None:
     )
     params = other.simulation.server.state["params"]
     for m in modules(params):
-        params[m + A] = fedkrso._subspace(int(start[SEED]), 0, m, 2, params[m + A].shape[1], params[m + A])
+        params[m + A] = fedkrso.random_subspace(int(start[SEED]), 0, m, 2, params[m + A].shape[1], params[m + A])
     other.run()
     for m in modules(params):
         merged = start[m + BASE] + other.final[m + B] @ other.final[m + A]
@@ -387,11 +387,11 @@ def test_uploads_that_do_not_fit_are_refused(change: dict[str, Any], reason: str
 
 def test_subspaces_depend_on_their_keys_alone() -> None:
     like = torch.zeros(1, 2, dtype=torch.float64)
-    draw = lambda *keys: fedkrso._subspace(*keys, 2, 5, like)
+    draw = lambda *keys: fedkrso.random_subspace(*keys, 2, 5, like)
     one = draw(3, 1, "q")
     assert all(not torch.equal(one, draw(*keys)) for keys in ((4, 1, "q"), (3, 2, "q"), (3, 1, "v")))
     assert torch.equal(one, draw(3, 1, "q"))  # whatever was drawn in between
-    half = fedkrso._subspace(3, 1, "q", 2, 5, like.bfloat16())
+    half = fedkrso.random_subspace(3, 1, "q", 2, 5, like.bfloat16())
     assert torch.equal(half, one.bfloat16())
 
 

@@ -71,10 +71,7 @@ class FedKRSO(Merging):
     def _sound(self) -> FedKRSO:
         if self.mu:
             raise ValueError("mu: B begins at zero in every interval, so a pull to it is not FedProx's; use 0")
-        for name in ("alpha", "scaling", "dropout"):
-            # in peft's terms a scale of 1 is an alpha of the rank
-            if getattr(self, name) not in (getattr(PLAIN_LORA, name), self.rank if name == "alpha" else None):
-                raise ValueError(f"{name}: W moves by B P itself, which nothing scales or drops; leave it out")
+        unscaled(self)
         return self
 
     def vain(self, params: Mapping[str, Tensor], training: Any) -> str | None:
@@ -243,13 +240,21 @@ class Walk:
 
     def _drawn(self, i: int, m: str) -> Tensor:
         like = self.start[m + B]
-        return _subspace(self.key, self.order[i], m, like.shape[1], self._width(m), like)
+        return random_subspace(self.key, self.order[i], m, like.shape[1], self._width(m), like)
 
     def _width(self, m: str) -> int:
         return self.start[m + BASE].shape[1]
 
     def _name(self, m: str, k: int) -> str:
         return _part(m, f"{self.key:016x}", k, self._width(m))
+
+
+def unscaled(self: LoRA) -> None:
+    """Refuse what would do nothing where a product of factors moves W itself. Raises `ValueError`."""
+    for name in ("alpha", "scaling", "dropout"):
+        # in peft's terms a scale of 1 is an alpha of the rank
+        if getattr(self, name) not in (getattr(PLAIN_LORA, name), self.rank if name == "alpha" else None):
+            raise ValueError(f"{name}: W moves by B P itself, which nothing scales or drops; leave it out")
 
 
 def _key(state: State, version: int) -> int:
@@ -278,7 +283,7 @@ def _by_module(names: Iterable[str]) -> dict[str, list[str]]:
     return out
 
 
-def _subspace(seed: int, k: int, module: str, rank: int, width: int, like: Tensor) -> Tensor:
+def random_subspace(seed: int, k: int, module: str, rank: int, width: int, like: Tensor) -> Tensor:
     """P_k of a module (r x n): a function of its keys alone, whatever the order of modules."""
     if like.is_meta:
         return like.new_empty(rank, width)
@@ -290,5 +295,5 @@ def _summed(w: Tensor, m: str, parts: Sequence[str], tree: Mapping[str, Tensor])
     for name in parts:
         b = tree[name].to(w)
         _, seed, k, width = _parsed(name)
-        w.addmm_(b, _subspace(int(seed, 16), int(k), m, b.shape[1], int(width), w))
+        w.addmm_(b, random_subspace(int(seed, 16), int(k), m, b.shape[1], int(width), w))
     return w
