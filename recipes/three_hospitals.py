@@ -66,7 +66,7 @@ source = "{model}"
 [data]
 source = "at the sites"
 heldout_source = "{heldout}"
-max_length = 160
+max_length = 512
 
 [method]
 name = "fedit"                     # LoRA adapters, averaged

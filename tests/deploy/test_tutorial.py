@@ -53,7 +53,7 @@ class Terminals:
     """A folder in which the page's commands are run, with a mark by which to find whatever they started."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="hk3", dir="/tmp"))  # a socket's path is short
+        self.folder = Path(tempfile.mkdtemp(prefix="hospitals", dir="/tmp"))  # a socket's path is short
         (self.folder / "recipes").symlink_to(ROOT / "recipes")
         self.mark = f"HOCKET_TUTORIAL={secrets.token_hex(8)}"
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -94,7 +94,7 @@ class Terminals:
         end = time.monotonic() + patience
         while not what():
             if time.monotonic() > end:
-                logs = [*self.folder.glob("*.log"), *self.folder.rglob("clinic/*/*/*/*.log"), *self.folder.rglob("hub/*.log")]
+                logs = [*self.folder.glob("*.log"), *self.folder.rglob("clinic/*/*/*/*.log"), *self.folder.rglob("hub/*.log"), *self.folder.rglob("log.jsonl")]
                 raise AssertionError(f"no {name}, {self.folder}\n" + "\n".join(f"--- {p}\n{p.read_text()[-1500:]}" for p in logs))
             time.sleep(0.2)
 
@@ -139,6 +139,7 @@ def test_the_page_has_four_terminals() -> None:
         assert "three-hospitals.md" in (ROOT / page).read_text()
 
 
+@pytest.mark.timeout(600)
 def test_the_page_does_what_it_says(terminals: Terminals) -> None:
     t, said = terminals, {}
     run = t.folder / "clinic" / "run"

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -292,3 +293,55 @@ def test_the_report_of_a_deployed_run_has_sites_rows_and_the_walls_seconds(tmp_p
     assert "link down / up" not in page
     for cell in ("<td>berlin</td><td>48</td>", "<td>oslo</td><td>1,234</td>"):
         assert cell in page
+
+
+def test_a_terminal_is_drawn_anew_until_the_end(tmp_path: Path) -> None:
+    run, ledger = folder(tmp_path), Ledger(tmp_path / "ledger.jsonl")
+    out = io.StringIO()
+    console = Console(file=out, width=120, height=40, force_terminal=True, color_system=None, legacy_windows=False)
+    seen = threading.Thread(target=follow, args=(Follower(run), console), kwargs={"every": 0.01})
+    seen.start()
+    for version in (1, 2, 3):
+        step(ledger, float(version), version, 4.0 / version)
+        end = time.monotonic() + 60
+        while f"turn {version}/3" not in out.getvalue() and time.monotonic() < end:
+            time.sleep(0.01)
+    ledger.add("end", t=3.0, version=3)
+    seen.join(60)
+    assert not seen.is_alive()
+    text = out.getvalue()
+    assert all(f"turn {v}/3" in text for v in (1, 2, 3))
+    assert "finished" in text
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from hocket import cli
+
+    def hocket(*words: object) -> int:
+        monkeypatch.setattr("sys.argv", ["hocket", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0)
+
+    run, ledger = folder(tmp_path), Ledger(tmp_path / "ledger.jsonl")
+    step(ledger, 1.0, 1, 4.0)
+    assert hocket("watch", run, "--once") == 0
+    assert "turn 1/3" in capsys.readouterr().out
+    assert hocket("watch", tmp_path / "absent") == 2
+    assert "no such folder yet" in capsys.readouterr().err
+
+
+def test_a_run_that_would_fail_again_says_so_in_its_log(tmp_path: Path, logger: Any) -> None:
+    """`serve` reads there why its run's process ended, if that was after it was submitted."""
+    from hocket.deploy.launch import failure
+
+    assert failure(tmp_path, "") is None
+    logs.into(tmp_path / "log.jsonl")
+    log = logging.getLogger("hocket.deploy.server_app")
+    logs.say(log, "run failed", logging.ERROR, kind="DataError", reason="no row can be used")
+    found = failure(tmp_path, "2000-01-01T00:00:00.000+00:00")
+    assert found is not None
+    assert (found["kind"], found["reason"]) == ("DataError", "no row can be used")
+    assert failure(tmp_path, "9999-01-01T00:00:00.000+00:00") is None
+    logs.say(log, "joined", site="oslo")
+    assert failure(tmp_path, "2000-01-01T00:00:00.000+00:00") is None

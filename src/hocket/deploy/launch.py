@@ -7,6 +7,7 @@ when we are, and each has a log file of its own.
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import os
@@ -248,6 +249,21 @@ def busy(run: Path) -> bool:
         return True
 
 
+FINAL = ("RecipeError", "DataError", "ModelError")
+"""Failures of a run that would fail again."""
+
+
+def failure(run: Path, since: str) -> dict[str, Any] | None:
+    """How a run's process failed, if that is its log's last word and newer than `since`, in UTC."""
+    path = run / "log.jsonl"
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    try:
+        last = json.loads(lines[-1]) if lines else {}
+    except ValueError:
+        return None
+    return last if last.get("event") == "run failed" and str(last["time"]) > since else None
+
+
 def drive(
     hub: Hub, processes: Sequence[Process], app: Path, recipe: Path, run: Path, stop: Callable[[], bool],
     grace: float = 60.0, again: float = 5.0, every: float = 1.0, tries: int = 20,
@@ -260,10 +276,10 @@ def drive(
         tries: submissions without any progress after which this gives up.
 
     Raises:
-        RunError: the run cannot begin, or always ends at the same place.
+        RunError: the run cannot begin, would fail again, or always ends at the same place.
     """
     since, left, seen, first = -grace, tries, -1, True
-    link = processes[0].running
+    link, submitted = processes[0].running, ""
     while not stop() and not ended(run):
         for p in processes:
             p.look()
@@ -275,11 +291,16 @@ def drive(
             since = time.monotonic() - grace + again  # it had begun: if it is gone, it is gone
         elif time.monotonic() - since > grace:
             left = tries if size > seen else left - 1
+            if submitted and (found := failure(run, submitted)):
+                if found["kind"] in FINAL:
+                    raise RunError(f"the run cannot go on: {found['reason']}")
+                say(log, "run failed", logging.WARNING, reason=found["reason"])
             if left <= 0:
                 raise RunError(f"the run does not go on; its last words are in the logs in '{hub.folder}'")
             seen, since = size, time.monotonic()
             try:
                 listening(hub.inner)
+                submitted = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
                 event = "submitted" if first else "resubmitted"
                 say(log, event, flower_run=hub.submit(app, recipe, run))
                 first = False

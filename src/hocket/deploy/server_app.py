@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
+
+from hocket.errors import HocketError, Interrupted
+
+log = logging.getLogger(__name__)
 
 
 def make() -> Any:
@@ -21,19 +26,30 @@ def make() -> Any:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        recipe = recipes.load(Path(str(context.run_config["recipe"])))
         folder = Path(str(context.run_config["folder"]))
         folder.mkdir(parents=True, exist_ok=True)
         logs.into(folder / "log.jsonl")
-        d = recipe.deployment
-        serve(
-            recipe, folder,
-            lambda path: FlowerLink(
-                grid, f"{folder.name}-{recipe.hash[:8]}", shared(recipe), d.sites, path / "arriving",
-                part=int(d.part_mb * 1e6), patience=d.patience,
-            ),
-            logs.telling(d.sites),
-        )  # fmt: skip
+        try:
+            recipe = recipes.load(Path(str(context.run_config["recipe"])))
+            d = recipe.deployment
+            serve(
+                recipe, folder,
+                lambda path: FlowerLink(
+                    grid, f"{folder.name}-{recipe.hash[:8]}", shared(recipe), d.sites, path / "arriving",
+                    part=int(d.part_mb * 1e6), patience=d.patience,
+                ),
+                logs.telling(d.sites),
+            )  # fmt: skip
+        except Interrupted:
+            raise
+        except Exception as error:  # Flower's logs do not keep it where anybody looks
+            expected = isinstance(error, HocketError)
+            log.error(
+                "run failed",
+                exc_info=not expected,
+                extra={"fields": {"kind": type(error).__name__, "reason": str(error)}},
+            )
+            raise
 
     return app
 
