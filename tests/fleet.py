@@ -68,9 +68,9 @@ class Fleet:
     def __init__(self, sites: Sequence[str], turns: int, schedule: str) -> None:
         self.mark = secrets.token_hex(8)
         self.folder = Path(tempfile.mkdtemp(prefix="hk", dir="/tmp"))
-        self.sites, self.port, self.inner = list(sites), *ports(2)
+        self.sites, (self.port, self.inner, *self.spare) = list(sites), ports(5)
         self.env = os.environ | {
-            "HOCKET_FLEET": self.mark, "OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+            "HOCKET_FLEET": self.mark, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
             "FLWR_HOME": str(self.folder / "nobody"), "HF_HUB_OFFLINE": "1", "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
         }  # fmt: skip
@@ -172,7 +172,7 @@ class Fleet:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     # --- what happens -------------------------------------------------------------------------------------------
-    def until(self, what: Callable[[], Any], name: str, patience: float = 200.0, every: float = 0.2) -> Any:
+    def until(self, what: Callable[[], Any], name: str, patience: float = 280.0, every: float = 0.2) -> Any:
         """Wait for a condition; what it gave."""
         end = time.monotonic() + patience
         while time.monotonic() < end:
@@ -196,6 +196,21 @@ class Fleet:
     def reach(self, version: int) -> None:
         """Wait for an aggregation."""
         self.until(lambda: self.version() >= version, f"version {version}")
+
+    def need(self, version: int) -> None:
+        """Fail at once where the stage before did not get there."""
+        assert self.version() >= version, f"the stage before ended at version {self.version()}, not {version}"
+
+    def listening(self, port: int) -> set[str]:
+        """Addresses on which somebody listens on a port."""
+        found = set()
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                address, state = line.split()[1], line.split()[3]
+                host, _, number = address.partition(":")
+                if int(number, 16) == port and state == "0A":
+                    found.add(".".join(str(b) for b in bytes.fromhex(host)[::-1]) if table == "tcp" else host)
+        return found
 
     def end(self) -> None:
         """Wait for the run's end."""

@@ -25,7 +25,7 @@ from hocket.deploy.again import again, renew
 from hocket.deploy.checks import Norms
 from hocket.deploy.logs import say
 from hocket.deploy.nouns import Answered, Ask, Event, Failed, Joined, Left, Link, Request
-from hocket.deploy.ways import Out, Way, fingerprint, same, uses
+from hocket.deploy.ways import Out, Way, due, fingerprint, same, uses
 from hocket.errors import RunError, WireError
 from hocket.evaluations import Evaluations
 from hocket.ledger import Ledger
@@ -147,6 +147,8 @@ class Deployment:
         way = self.ways[client]
         if way.request is not None or client not in self.server.online or not (way.waiting or way.sent):
             return
+        if not way.waiting and self.t < way.hold:  # it would bring nothing, and hold up what comes meanwhile
+            return
         asks = tuple(Ask(self.out[j].job, self.outbox / f"{j}.hkt") for j in way.waiting)
         way.sent, way.waiting = way.sent + way.waiting, []
         way.request = Request(self.requests, client, asks, way.sent[0], tuple(way.forget), self.largest)
@@ -217,8 +219,14 @@ class Deployment:
         if way is not None and way.request is not None and way.request.answer == event.job:
             way.request = None
         known = way is not None and out is not None and event.job in way.sent
-        if way is None or out is None or not known or not same(event.told, out.job):
+        if way is None or out is None or not known:
             event.packet.unlink(missing_ok=True)  # it came twice, or after its site was given up
+            return
+        if not same(event.told, out.job):
+            event.packet.unlink(missing_ok=True)
+            way.sent.remove(event.job)
+            way.forget.append(event.job)
+            self._lose(event.job, "rejected: it names another client, version or turn than its job")
             return
         packet = self.upload(event.job)
         if event.packet != packet:
@@ -235,8 +243,10 @@ class Deployment:
         del self.out[job.id]
         (self.outbox / f"{job.id}.hkt").unlink(missing_ok=True)
         size = packet.stat().st_size
-        for what, row in uses(out, told, size, self.t):
+        rows = dict(uses(out, told, size, self.t))
+        for what, row in rows.items():
             self.ledger.add(what, **row, **({"digest": fingerprint(packet)} if what == "up" else {}))
+        way.hold = due(rows)
         self.server.computed(job)
         refused: str | None = "late"
         if not out.abandoned:

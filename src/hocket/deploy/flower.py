@@ -115,8 +115,9 @@ class FlowerLink:
             hello = self._open(client, node)
             if hello is None:
                 return
-        except Gone as error:
-            say(log, "node does not answer", logging.WARNING, node=node, reason=str(error))
+        except Exception as error:  # Gone, or no message of ours: whatever it is, the others go on
+            say(log, "node does not answer", logging.WARNING, node=node, reason=f"{type(error).__name__}: {error}")
+            self._closed.wait(self.pause)
             self._known.discard(node)  # if it is there still, it is met again
             return
         with self._lock:
