@@ -39,6 +39,7 @@ class Way:
     forget: list[int] = field(default_factory=list)
     request: Request | None = None
     tries: int = 0
+    hold: float = 0.0  # second before which a message that brings no job is not worth sending
     renewed: int = 0  # times that its jobs were made whole since an update came
 
 
@@ -64,6 +65,14 @@ def uses(out: Out, told: Mapping[str, Any], size: int, now: float) -> Iterator[t
     yield "compute", row | {"start": start, "end": end, "bytes": 0} | metrics
     more = {"raw": told.get("raw") or None, "beside": told.get("beside") or None, "after": told.get("after")}
     yield "up", row | {"start": min(now, end + kept), "end": now, "bytes": size} | more
+
+
+def due(rows: Mapping[str, Mapping[str, Any]]) -> float:
+    """About when to ask a site for its next update, given what the last one used: once that is computed, less a way.
+    A message that left at once would be open until then, and a job that is asked meanwhile could not be brought."""
+    compute = rows["compute"]
+    travel = sum(rows[k]["end"] - rows[k]["start"] for k in ("down", "up"))
+    return float(2 * compute["end"] - compute["start"] - travel / 2)
 
 
 def fingerprint(packet: Path) -> str:
