@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,7 +46,8 @@ def test_the_merge_is_the_weighted_mean_of_the_products(ranks: tuple[int, ...], 
     state = state_of(m)
     sent = [factors(c, r) for c, r in enumerate(ranks)]
     weights = [1.0, 5.0, 2.0]
-    assert all(m.check(state, update(c, s)) is None for c, s in enumerate(sent))
+    for c, (s, r) in enumerate(zip(sent, ranks, strict=True)):
+        assert m.check(state, replace(update(c, s), traits={"rank": r})) is None
     after = m.step(state, [update(c, s) for c, s in enumerate(sent)], weights)
     ideal = sum(w / 8 * x * s[M + B] @ s[M + A] for w, s, x in zip(weights, sent, scales, strict=True))
     moved = after["params"][M + BASE] - state["params"][M + BASE]
@@ -172,6 +174,13 @@ def test_simulated_clients_hold_what_loading_gives(sched: Any) -> None:
 def test_updates_that_do_not_fit_are_refused(change: Tree, reason: str) -> None:
     m = method.build({"name": "flora", "rank": 2})
     assert reason in str(m.check(state_of(m), update(0, factors(0, 2) | change)))
+
+
+def test_more_rank_than_a_client_has_is_refused() -> None:
+    m = method.build({"name": "flora", "rank": 2})
+    wide = replace(update(0, factors(0, 3)), traits={"rank": 3})
+    assert m.check(state_of(m), wide) is None
+    assert "has rank 3, and this client's is 2" in str(m.check(state_of(m), replace(wide, traits={})))
 
 
 def test_one_factor_alone_is_refused() -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from hocket.methods.base import PLAIN, State, Update, method
@@ -29,6 +29,12 @@ class FedKSeedPro(FedKSeed):
     """FedKSeed with directions drawn by how much they mattered."""
 
     history_clip: float = Field(default=1000.0, gt=0, description="c, the most that one |g| counts")
+
+    @model_validator(mode="after")
+    def _drawable(self) -> FedKSeedPro:
+        if self.directions > 1 << 24:  # torch.multinomial takes no more
+            raise ValueError(f"directions: probabilities of {self.directions} cannot be drawn from; use at most 2^24")
+        return self
 
     def init(self, params: Tree, seed: int) -> State:
         n = self.directions

@@ -81,9 +81,11 @@ class FLoRA(Merging):
             if m + A not in sent or m + B not in sent:
                 return f"'{m}' comes with one factor; it needs both"
             a, b = sent[m + A], sent[m + B]
-            flat = a.ndim == b.ndim == 2
+            flat, most = a.ndim == b.ndim == 2, update.traits.get("rank") or self.rank_of(m)
             if not flat or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != tuple(params[m + BASE].shape):
                 return f"'{m}' has factors of shapes {tuple(b.shape)} and {tuple(a.shape)}"
+            if len(a) > most:
+                return f"'{m}' has rank {len(a)}, and this client's is {most}"
             if not (finite(a) and finite(b)):
                 return f"'{m}' holds values that are not finite"
         rest = without(sent, {m + x for m in modules(params) for x in (A, B)})
