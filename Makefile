@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format bench parablock async cllora lora fleet clean
+.PHONY: help env demo test lint format bench parablock async cllora lora seeds fleet clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,15 @@ lora: $(READY)  ## LoRA for clients of unequal ranks, resumable (about an hour a
 	$(BIN)/python -m hocket models pull minilm-l6-v2
 	$(BIN)/python -m hocket compare benchmarks/lora/*.toml --jobs 2 --results benchmarks/lora/results
 	$(BIN)/python benchmarks/lora/report.py
+
+seeds: $(READY)  ## full-parameter tuning in kilobytes, resumable (about three hours on two cores; see docs/kilobytes.md)
+	$(BIN)/python -m hocket models pull minilm-l6-v2
+	test -f runs/gpt2-small/provenance.json || $(BIN)/python benchmarks/async/train_gpt2.py
+	for studies in "sst2-skewed sst2-iid" "qqp-skewed qqp-iid mrpc-skewed mrpc-iid rte-skewed rte-iid" beyond-sst2 beyond-qqp dolly; do \
+	  $(BIN)/python -m hocket compare $$(printf 'benchmarks/seeds/%s.toml ' $$studies) --jobs 2 \
+	    --results benchmarks/seeds/results || exit 1; done
+	$(BIN)/python benchmarks/seeds/energy.py
+	$(BIN)/python benchmarks/seeds/report.py
 
 cllora: $(READY)  ## texts unequal among clients, resumable (about half an hour; see docs/cllora.md)
 	test -f runs/gpt2-small/provenance.json || $(BIN)/python benchmarks/async/train_gpt2.py

@@ -92,27 +92,27 @@ def dolly(result: dict[str, Any]) -> str:
     versus = result["versus"]
     heads = [
         "variant", "rate", "loss, mean ± sd", "Rouge-L", f"rounds to {versus}'s loss", "bytes to it, both ways",
-        "gigaoperations of a client to it", "up a job", "measured client memory MB",
+        "forward passes' work to it, all clients", "up a job", "measured client memory MB",
     ]  # fmt: skip
     rows = []
     for name, v in result["variants"].items():
         share = [t / v["virtual_seconds"] for t in v["reached"] if t is not None]
         every = len(share) == len(v["reached"])
         moved = [b for b in v["reached_bytes"] if b is not None]
-        passes = PASSES[name]
-        work = 2 * passes * result["parameters"] * result["tokens_a_step"] * v["local_steps"]
+        work = PASSES[name] * v["local_steps"]
         rows.append([
             name, f"{v['rate']:g}", spread(v["losses"]), f"{v['rouge_l']:.3f}",
             f"{statistics.fmean(share) * v['turns']:.1f}" if every else "not all reach it",
             size(statistics.fmean(moved)) if every else "-",
-            f"{statistics.fmean(share) * work / 1e9:.0f}" if every else "-",
+            f"{statistics.fmean(share) * work:.0f}" if every else "-",
             per_job(v, "up"), f"{v['peak_memory'] / 1e6:.0f}" if "peak_memory" in v else "-",
         ])  # fmt: skip
     return lines(heads, rows) + source(result)
 
 
 PASSES = {"FedAvg": 3, "FedIT": 2, "FedKSeed": 2, "Ferret": 3}
-"""Passes over the weights in a local step: forward, backward to activations, backward to weights; or two forwards."""
+"""A local step in forward passes: one forward, as much back to activations, as much again to weights; or two forwards.
+What Ferret and FedKSeed draw is not in it."""
 
 
 def beyond(result: dict[str, Any]) -> str:
@@ -129,6 +129,13 @@ def beyond(result: dict[str, Any]) -> str:
             f"{statistics.fmean(reached):.0f}{some}" if reached else "never",
         ])  # fmt: skip
     return lines(heads, rows) + source(result)
+
+
+def energy(result: dict[str, Any]) -> str:
+    """What share of a gradient few directions hold."""
+    rows = [[k, f"{v:.3f}"] for k, v in result["share"].items()]
+    where = f"\n\nMean over {result['modules']} modules, {result['rows']} rows; commit {result['git']}."
+    return lines(["directions", "share of the gradient's squared norm"], rows) + where
 
 
 def figure(results: dict[str, dict[str, Any]]) -> str:
@@ -151,9 +158,8 @@ def main() -> None:
     results = {p.stem: json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))}
     body = between(PAGE.read_text(), "overall", overall(results))
     for name, result in results.items():
-        kind = {"dolly": dolly, "beyond": beyond}.get(name.partition("-")[0], glue)
-        if name != "energy":
-            body = between(body, name, kind(result))
+        kind = {"dolly": dolly, "beyond": beyond, "energy": energy}.get(name.partition("-")[0], glue)
+        body = between(body, name, kind(result))
     PAGE.write_text(body)
     FIGURE.write_text(figure(results))
 
