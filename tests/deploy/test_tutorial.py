@@ -147,6 +147,8 @@ def test_the_page_does_what_it_says(terminals: Terminals) -> None:
         for line in lines:
             if line.startswith(("hocket serve", "hocket join")):
                 t.start(where, line)
+                if line.startswith("hocket serve"):  # as long as a reader takes to open three terminals
+                    t.until(lambda: "submitted" in (t.folder / "terminal 1.log").read_text(), "run submitted")
                 continue
             if line.startswith("hocket watch"):  # a reader comes here when the run has begun
                 t.until((run / "ledger.jsonl").exists, "ledger")
