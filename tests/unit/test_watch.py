@@ -253,9 +253,11 @@ def test_events_are_lines_of_json_with_the_sites_names(tmp_path: Path, logger: A
     job(ledger, 1, 0, 2.0)
     ledger.add("lost", t=6.0, client=0, job=3, turn=0, reason="late: \x1b[2Jafter\nits turn")
     step(ledger, 7.0, 1, float("inf"))
+    ledger.add("lost", t=8.0, client=0, job=4, turn=1, reason="offline")
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(r["event"], r["level"], r.get("site")) for r in rows] == [
         ("joined", "info", "oslo"), ("answered", "info", "oslo"), ("refused", "warning", "berlin"), ("stepped", "info", None),
+        ("lost", "warning", "berlin"),
     ]  # fmt: skip
     assert rows[0]["rows"] == 48
     assert rows[1]["bytes"] == 1000

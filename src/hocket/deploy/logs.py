@@ -86,7 +86,7 @@ def _to(handler: logging.Handler, form: str) -> None:
 
 
 EVENTS = {
-    "join": "joined", "leave": "left", "ask": "asked", "up": "answered", "lost": "refused", "step": "stepped",
+    "join": "joined", "leave": "left", "ask": "asked", "up": "answered", "lost": "lost", "step": "stepped",
     "eval": "evaluated", "end": "ended",
 }  # fmt: skip
 FIELDS = ("job", "turn", "version", "reason", "bytes", "updates", "loss", "staleness", "n", "rows")
@@ -101,7 +101,10 @@ def telling(sites: Sequence[str]) -> Callable[[Mapping[str, Any]], None]:
         if what in EVENTS:
             site = sites[client] if client is not None and 0 <= client < len(sites) else client
             fields = {k: row[k] for k in FIELDS if k in row}
+            event = EVENTS[what]
+            if what == "lost" and str(row["reason"]).startswith(("late", "rejected")):
+                event = "refused"
             at = round(row.get("t", row.get("end", 0.0)), 3)
-            say(log, EVENTS[what], logging.WARNING if what == "lost" else logging.INFO, site=site, **fields, second=at)
+            say(log, event, logging.WARNING if what == "lost" else logging.INFO, site=site, **fields, second=at)
 
     return tell
