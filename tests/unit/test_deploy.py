@@ -283,6 +283,31 @@ def test_a_late_site_is_not_waited_for(tmp_path: Path) -> None:
     assert deployed.server.finished
 
 
+def test_a_site_whose_late_job_fails_is_asked_again(tmp_path: Path) -> None:
+    """Under a schedule without rounds nobody asks a site that may still be at something; it must be heard that it is not."""
+    deployed, link = deploy(tmp_path, sched={"name": "fedasync", "deadline": 0.4}, meth={"name": "fedit", "rank": 2}, turns=40)
+    slow, failed = link.sites[1], []
+
+    def take(job: Any, packet: Any) -> None:
+        if failed:
+            return type(slow).take(slow, job, packet)
+        time.sleep(1.0)
+        failed.append(job.id)
+        raise HocketError("no room")
+
+    slow.take = take  # type: ignore[method-assign]
+    rows: list[dict[str, Any]] = []
+    deployed.ledger.listener = rows.append
+    answered = lambda: any(r["what"] == "up" and r["client"] == 1 for r in rows)
+    for other in (0, 2):  # so that the run is not over before
+        site = link.sites[other]
+        site.take = lambda job, packet, site=site: (time.sleep(0.1), type(site).take(site, job, packet))[1]  # type: ignore
+    deployed.run()
+    link.close()
+    assert [r["reason"] for r in rows if r["what"] == "lost" and r["job"] == failed[0]] == ["deadline", "no room"]
+    assert answered()
+
+
 def test_nobody_at_all_is_an_error_after_a_while(tmp_path: Path) -> None:
     deployed, link = deploy(tmp_path)
     link.close()

@@ -206,7 +206,7 @@ class Deployment:
     def _lose(self, job: int, reason: str) -> None:
         out = self.out.pop(job)
         (self.outbox / f"{job}.hkt").unlink(missing_ok=True)
-        if not out.abandoned:
+        if not out.abandoned or self.server.overdue.get(out.job.client) == job:  # its site is at it no more
             self.server.lost(out.job)
             self._note_lost(out.job, reason)
 
