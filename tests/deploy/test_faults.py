@@ -4,7 +4,9 @@ of `hocket run`. Stages of one fleet, in order: to start one takes longer than a
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import ssl
 import subprocess
 import sys
@@ -121,8 +123,11 @@ def test_a_full_disk_ends_the_server_app_and_room_lets_it_go_on(fleet: Fleet) ->
 
 
 def test_sites_run_no_code_but_what_is_installed(fleet: Fleet) -> None:
-    """A foreign app is submitted on the server's own machine, where that can be done, while the run goes on."""
+    """A foreign app is submitted on the server's own machine, where that can be done. The run is held meanwhile, so
+    that it does not end before."""
     fleet.need(5)
+    for pid in fleet.pids(APP):
+        os.kill(pid, signal.SIGSTOP)
     marks, app = fleet.folder / "marks", foreign(fleet.folder / "foreign", fleet.folder / "marks")
     marks.mkdir()
     code = "import foreign.client_app"
@@ -169,9 +174,12 @@ def main(grid, context):
 
 def test_a_superlink_that_was_killed_is_started_and_the_run_goes_on(fleet: Fleet) -> None:
     fleet.need(5)
-    if not fleet.rows("end"):
-        fleet.kill(LINK)
+    held = fleet.pids(APP)
+    fleet.kill(LINK)
+    for pid in held:
+        os.kill(pid, signal.SIGCONT)
     fleet.end()
+    assert fleet.resubmitted() >= 3
 
 
 def test_the_model_is_that_of_the_simulation(fleet: Fleet) -> None:
