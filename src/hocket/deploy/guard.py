@@ -16,7 +16,6 @@ code that is let in; the first lets none in.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -99,8 +98,7 @@ def confine(roots: Iterable[str]) -> None:
 
 def commands(folder: Path) -> Path:
     """A folder for PATH that holds what a site's SuperNode may start, each by way of this module."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     named = {p.name for p in Path(sys.executable).parent.glob("flwr-*")} | set(COMMANDS)
     for name in sorted(named):
         (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m hocket.deploy.guard {name} "$@"\n')

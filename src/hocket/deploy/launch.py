@@ -129,7 +129,7 @@ def site(file: Path, described: Mapping[str, Any], folder: Path) -> list[Process
     )
     node += ["--auth-supernode-private-key", str(here / described["key"])] if "key" in described else []
     work = [sys.executable, "-m", "hocket.deploy.work", str(file.resolve()), str(folder)]
-    env = quiet(folder / "flower", HOCKET_SITE=str(folder)) | {"PATH": str(commands(folder / "bin"))}
+    env = quiet(folder / "flower", HOCKET_SITE=str(folder)) | {"PATH": str(commands(folder / "guarded"))}
     return [
         Process("worker", work, folder / "worker.log", wait=1.0),
         Process("supernode", node, folder / "supernode.log", env, wait=15.0),
