@@ -49,7 +49,7 @@ LAYERS, WIDTH = 4, 256
 REST = ["*embed*", "*lm_head*", "model.norm.weight", *(f"*layers.{i}.*" for i in range(1, LAYERS))]
 """Frozen where whole models travel: what is left is one layer, as large as a block."""
 RUNS: dict[str, dict[str, Any]] = {
-    "messages": {"turns": 5, "method": {"name": "fedit", "rank": 1}, "training": {"local_steps": 1}},
+    "messages": {"turns": 4, "method": {"name": "fedit", "rank": 1}, "training": {"local_steps": 1}},
     "fedbcd": {"turns": 5, "method": {"name": "fedbcd", "layers_per_block": 1}},
     "parablock": {
         "turns": 5, "method": {"name": "fedbcd", "layers_per_block": 1},
@@ -256,6 +256,7 @@ def middle(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # links and processes are taken down
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--out", type=Path, help="folder for all files of the runs; default: a temporary one")

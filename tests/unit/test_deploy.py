@@ -22,12 +22,14 @@ from hocket import store, wire
 from hocket.client import Setting
 from hocket.deploy import client_app, courier
 from hocket.deploy.engine import Deployment
-from hocket.deploy.nouns import Answered, Event, Failed, Joined, Left, Request
+from hocket.deploy.nouns import Answered, Event, Failed, Joined, Left, Request, Taken
 from hocket.deploy.site import Lost, Site, plain
+from hocket.deploy.ways import Out, Way, due
 from hocket.deploy.worker import Worker
 from hocket.errors import HocketError, RunError
 from hocket.evaluations import Evaluations
 from hocket.ledger import Ledger
+from hocket.methods import Job
 from hocket.tree import digest
 
 
@@ -49,8 +51,10 @@ class Threads:
             site.forget(*r.forget)
             for ask in r.asks:
                 site.take(ask.job, ask.packet)
-            found = site.answer(r.answer)
-            assert found is not None
+            found = site.answer(r.answer, None if r.wait else 0.0)
+            if found is None:
+                self.events.put(Taken(r.client, r.id))
+                return
             told, path = found
             copy = self.folder / f"came-{r.client}-{r.id}.hkt"
             shutil.copy(path, copy)
@@ -73,7 +77,7 @@ class Threads:
 
 def worlds(meth: Any = None, **more: Any) -> World:
     if meth is None:
-        return quadratic(clients=3, turns=5, weights=[1, 2, 3], **more)
+        return quadratic(clients=3, weights=[1, 2, 3], **{"turns": 5, **more})
     training = {"optimizer": "sgd"} if meth["name"].startswith("fedkseed") else {}
     return language(meth=meth, layers=2, steps=2, training=training, **{"turns": 3, **more})
 
@@ -147,6 +151,66 @@ def test_a_deployed_run_needs_no_order(tmp_path: Path, sched: str) -> None:
     link.close()
     assert deployed.server.finished
     assert all(torch.isfinite(v).all() for v in deployed.server.state["params"].values())
+
+
+class Slow(Threads):
+    """Every message takes a while, both ways."""
+
+    def __init__(self, sites: dict[int, Site], folder: Path) -> None:
+        super().__init__(sites, folder)
+        self.sent: list[Request] = []
+        later = self.events.put
+        self.events.put = lambda event: threading.Timer(0.1, later, [event]).start()  # type: ignore
+
+    def send(self, request: Request) -> None:
+        self.sent.append(request)
+        super().send(request)
+
+    def _talk(self, r: Request) -> None:
+        time.sleep(0.1)
+        super()._talk(r)
+
+
+def test_under_overlap_no_message_waits_while_another_job_may_be_asked(tmp_path: Path) -> None:
+    """One that waited would be open when the next job comes, and keep it from a site that could have it by then."""
+    simulated = worlds(sched="overlap")
+    simulated.simulation.run()
+    deployed, link = deploy(tmp_path, sched="overlap")
+    deployed.link = slow = Slow(link.sites, tmp_path)
+    for c, s in link.sites.items():
+        s.setting.trainer.interrupted = lambda c=c: bool(time.sleep((0.02, 0.08, 0.12)[c]))  # type: ignore
+    deployed.run()
+    slow.close()
+    assert digest(deployed.server.state["params"]) == digest(simulated.simulation.server.state["params"])
+    brought = [r for r in slow.sent if r.asks and r.asks[-1].job.turn < 4]
+    for r in brought:  # with one job there, the next turn's may come; with two, an update must go first
+        assert r.wait == (len({a.job.id for a in r.asks} | {r.answer}) == 2), r
+    assert any(not r.wait for r in brought)
+
+
+def test_a_way_asks_for_an_update_when_it_is_due(tmp_path: Path) -> None:
+    jobs = [Job(i, 0, 0, turn=i) for i in range(2)]
+    outs, way = {j.id: Out(j, 0.0, 10) for j in jobs}, Way(waiting=[0], took=5.0)
+    ask = lambda now, more: way.message(int(now), 0, outs, tmp_path, 99, now, more)
+    first = ask(1.0, 1)
+    assert first is not None
+    assert (first.answer, first.wait, [a.job.id for a in first.asks]) == (0, False, [0])
+    assert ask(2.0, 1) is None  # it is open
+    way.taken(7)
+    assert ask(2.0, 1) is None  # another was
+    way.taken(1)
+    assert ask(3.0, 1) is None  # nothing to bring, and the update is due at 6
+    way.waiting = [1]
+    second = ask(4.0, 0)
+    assert second is not None
+    assert (second.answer, second.wait, [a.job.id for a in second.asks]) == (0, True, [1])
+    way.request, way.sent = None, [1]
+    due(way, {k: {"start": a, "end": b} for k, (a, b) in {"down": (1, 2), "compute": (2, 8), "up": (8, 9)}.items()})
+    assert (way.took, way.hold) == (6.0, 13.0)  # computed from 8 to 14, and a message is about a second on its way
+    assert ask(12.9, 1) is None
+    last = ask(13.0, 1)
+    assert last is not None
+    assert (last.asks, last.wait) == ((), True)
 
 
 class Flaky(Threads):

@@ -24,7 +24,7 @@ from hocket.deploy import saving
 from hocket.deploy.again import again, renew
 from hocket.deploy.checks import Norms
 from hocket.deploy.logs import say
-from hocket.deploy.nouns import Answered, Ask, Event, Failed, Joined, Left, Link, Request
+from hocket.deploy.nouns import Answered, Event, Failed, Joined, Left, Link, Taken
 from hocket.deploy.ways import Out, Way, due, fingerprint, same, uses
 from hocket.errors import RunError, WireError
 from hocket.evaluations import Evaluations
@@ -145,18 +145,14 @@ class Deployment:
     def _push(self, client: int) -> None:
         """Send what the site lacks, if no message to it is open."""
         way = self.ways[client]
-        if way.request is not None or client not in self.server.online or not (way.waiting or way.sent):
+        if client not in self.server.online:
             return
-        if not way.waiting and self.t < way.hold:  # it would bring nothing, and hold up what comes meanwhile
-            return
-        asks = tuple(Ask(self.out[j].job, self.outbox / f"{j}.hkt") for j in way.waiting)
-        way.sent, way.waiting = way.sent + way.waiting, []
-        way.request = Request(self.requests, client, asks, way.sent[0], tuple(way.forget), self.largest)
-        way.forget, way.tries = [], 0
-        self.requests += 1
-        for a in asks:
-            self.out[a.job.id].sent = self.t
-        self.link.send(way.request)
+        jobs = [self.out[j].job for j in way.sent + way.waiting]
+        more = self.server.schedule.ahead + 1 - len(jobs) if all(j.turn + 1 < self.server.turns for j in jobs) else 0
+        request = way.message(self.requests, client, self.out, self.outbox, self.largest, self.t, more)
+        if request is not None:
+            self.requests += 1
+            self.link.send(request)
 
     # --- hearing ------------------------------------------------------------------------------------------------
     def _hear(self, event: Event) -> None:
@@ -167,6 +163,8 @@ class Deployment:
                 self._left(client)
             case Answered():
                 self._answered(event)
+            case Taken(client, request):
+                self.ways.get(client, Way()).taken(request)
             case Failed():
                 self._failed(event)
 
@@ -246,7 +244,7 @@ class Deployment:
         rows = dict(uses(out, told, size, self.t))
         for what, row in rows.items():
             self.ledger.add(what, **row, **({"digest": fingerprint(packet)} if what == "up" else {}))
-        way.hold = due(rows)
+        due(way, rows)
         self.server.computed(job)
         refused: str | None = "late"
         if not out.abandoned:

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from hocket.deploy import checks
 from hocket.deploy.logs import say
 from hocket.deploy.messages import content, read
-from hocket.deploy.nouns import Answered, Ask, Event, Failed, Joined, Left, Request
+from hocket.deploy.nouns import Answered, Ask, Event, Failed, Joined, Left, Request, Taken
 from hocket.deploy.site import plain
 
 log = logging.getLogger(__name__)
@@ -168,10 +168,13 @@ class FlowerLink:
         if not inline:
             for ask in r.asks:
                 self._upload(node, ask)
-        do = {"op": "do", "run": self.run, "job": r.answer, "timeout": self.patience / 2, "part": self.part}
+        do = {"op": "do", "run": self.run, "job": r.answer, "part": self.part}
+        do["timeout"] = self.patience / 2 if r.wait else 0.0
         packets = [[a.job.id, n] for a, n in zip(r.asks, sizes, strict=True)] if inline else []
         news = {"asks": [plain(a.job) for a in r.asks], "packets": packets, "forget": r.forget}
         told, body = self._say(node, do | news, b"".join(a.packet.read_bytes() for a in r.asks) if inline else None)
+        if told.get("wait") and not r.wait:
+            return Taken(client, r.id)
         while told.get("wait"):
             told, body = self._say(node, do | {"asks": [], "packets": [], "forget": []})
         if "failed" in told:

@@ -38,6 +38,7 @@ class Request:
         answer: the job whose update is to come back.
         forget: jobs that nobody waits for any more.
         largest: bytes that an upload may have.
+        wait: answer once the update is there; else at once, with it or without (see `Taken`).
     """
 
     id: int
@@ -46,6 +47,7 @@ class Request:
     answer: int
     forget: tuple[int, ...] = ()
     largest: int = 1 << 40
+    wait: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,14 @@ class Answered:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """A site has the jobs of a message that did not wait, and their updates are not there yet."""
+
+    client: int
+    request: int
+
+
+@dataclass(frozen=True)
 class Failed:
     """A message will not be answered.
 
@@ -94,7 +104,7 @@ class Failed:
     reason: str
 
 
-Event = Joined | Left | Answered | Failed
+Event = Joined | Left | Answered | Taken | Failed
 
 
 class Link(Protocol):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hocket.deploy.nouns import Request
+from hocket.deploy.nouns import Ask, Request
 from hocket.methods import Job
 
 
@@ -40,7 +40,34 @@ class Way:
     request: Request | None = None
     tries: int = 0
     hold: float = 0.0  # second before which a message that brings no job is not worth sending
+    took: float = 0.0  # seconds that its last job took to compute
+    left: float = 0.0  # second at which its last message left
     renewed: int = 0  # times that its jobs were made whole since an update came
+
+    def message(
+        self, number: int, client: int, outs: Mapping[int, Out], outbox: Path, largest: int, now: float, more: int
+    ) -> Request | None:
+        """The next message to the site, which is open from now on; None if none is worth sending now.
+
+        Args:
+            more: how many further jobs the site can get before the oldest one's update is here. If there are any, the
+                message does not wait for the update: it would be in the way of the next job.
+        """
+        if self.request is not None or not (self.waiting or (self.sent and now >= self.hold)):
+            return None
+        asks = tuple(Ask(outs[j].job, outbox / f"{j}.hkt") for j in self.waiting)
+        for a in asks:
+            outs[a.job.id].sent = now
+        self.sent, self.waiting = self.sent + self.waiting, []
+        forget, self.forget = tuple(self.forget), []
+        self.tries, self.left = 0, now
+        self.request = Request(number, client, asks, self.sent[0], forget, largest, not (asks and more > 0))
+        return self.request
+
+    def taken(self, request: int) -> None:
+        """The site has the jobs of a message that did not wait."""
+        if self.request is not None and self.request.id == request:
+            self.request, self.hold = None, self.left + self.took
 
 
 def uses(out: Out, told: Mapping[str, Any], size: int, now: float) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -67,12 +94,12 @@ def uses(out: Out, told: Mapping[str, Any], size: int, now: float) -> Iterator[t
     yield "up", row | {"start": min(now, end + kept), "end": now, "bytes": size} | more
 
 
-def due(rows: Mapping[str, Mapping[str, Any]]) -> float:
-    """About when to ask a site for its next update, given what the last one used: once that is computed, less a way.
-    A message that left at once would be open until then, and a job that is asked meanwhile could not be brought."""
-    compute = rows["compute"]
+def due(way: Way, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Note about when to ask a site for its next update, given what the last one used: once that is computed, less a
+    way. A message that left at once would be open until then, and a job asked for meanwhile could not be brought."""
     travel = sum(rows[k]["end"] - rows[k]["start"] for k in ("down", "up"))
-    return float(2 * compute["end"] - compute["start"] - travel / 2)
+    way.took = float(rows["compute"]["end"] - rows["compute"]["start"])
+    way.hold = float(rows["compute"]["end"] + way.took - travel / 2)
 
 
 def fingerprint(packet: Path) -> str:
