@@ -23,7 +23,7 @@ demo: $(READY)  ## fine-tune SmolLM2-135M on four teams' code, once waiting and 
 	$(BIN)/python recipes/demo.py
 
 test: $(READY)  ## all tests (under 15 minutes on two cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check src tests benchmarks recipes
@@ -71,7 +71,7 @@ cllora: $(READY)  ## texts unequal among clients, resumable (about half an hour;
 	$(BIN)/python benchmarks/cllora/report.py
 
 fleet: $(READY)  ## a real fleet over shaped links, beside what simulate says (as root; about 45 minutes; see docs/deployment.md)
-	$(BIN)/python benchmarks/deploy/overlap.py
+	nice -n -10 $(BIN)/python benchmarks/deploy/overlap.py
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
