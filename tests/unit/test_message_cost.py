@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from hocket import plan
 from hocket.clock import Device
 from hocket.recipe import parse
 
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE: dict[str, Any] = {
     "model": {"source": "tiny:llama"}, "data": {"source": "rows.jsonl"}, "method": "fedavg", "turns": 3,
     "clients": {"count": 2, "device": {"step_seconds": 0.5}},
@@ -52,3 +57,22 @@ def test_recipes_without_it_keep_the_hash_they_had_before_there_was_this_field()
     assert costly.hash != parse(RECIPE).hash
     one = parse(RECIPE | {"clients": {"count": 2, "device": {"step_seconds": 0.5}, "each": [{"message_seconds": 1.0}]}})
     assert len({one.hash, costly.hash, parse(RECIPE).hash}) == 3
+
+
+def test_the_docs_have_the_figures_of_the_measured_fleet() -> None:
+    """And a real run over Flower took within a tenth of what was simulated with its messages' cost."""
+    result = json.loads((ROOT / "benchmarks" / "deploy" / "results" / "overlap.json").read_text())
+    assert re.fullmatch(r"[0-9a-f]{40}", result["git"])
+    section = (ROOT / "docs" / "deployment.md").read_text().split("## Overlap and asynchrony, measured")[1].split("\n## ")[0]
+    shown = [line.split("|")[1:5] for line in section.splitlines() if line.startswith("|")][2:]
+    middle = lambda name, side: median(r["runs"][name][side]["seconds"] for r in result["repetitions"])
+    for name, cells in zip(("fedbcd", "parablock", "fedavg", "fedfa"), shown, strict=False):
+        ratio = result["median"]["real_over_simulated"][name]
+        figures = f"{middle(name, 'real'):.1f} s", f"{middle(name, 'simulated'):.1f} s", f"{ratio:.2f}"
+        assert tuple(c.strip() for c in cells[1:]) == figures
+        assert abs(ratio - 1) <= 0.1
+    for pair, cells in zip(("overlap", "asynchrony"), shown[4:], strict=True):
+        found = result["median"][pair]
+        figures = f"{found['real']:.2f}", f"{found['simulated']:.2f}", f"{1 + found['apart']:.2f}"
+        assert tuple(c.strip() for c in cells[1:]) == figures
+        assert abs(found["apart"]) <= 0.1
