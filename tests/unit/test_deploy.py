@@ -457,6 +457,40 @@ def test_parts_of_a_packet_may_come_twice_but_not_be_left_out(tmp_path: Path) ->
     courier.store(path, 3, b"xx", last=True)
     assert path.read_bytes() == b"abcde"
     assert courier.fetch(path, 2, 2) == b"cd"
+    courier.store(path, 0, b"vw", last=False)  # another packet of that name
+    assert not path.exists()
+    courier.store(path, 2, b"x", last=True)
+    assert path.read_bytes() == b"vwx"
+
+
+def test_a_job_sent_whole_after_its_worker_died_is_not_mixed_up_with_what_came_before(tmp_path: Path) -> None:
+    """Under a method that ships part of the model, the old packet is a difference to what the new worker has not."""
+    more: dict[str, Any] = {"meth": {"name": "fedbcd", "layers_per_block": 1}}
+    w, folder = worlds(**more), tmp_path / "s"
+    server, codec = w.simulation.server, w.simulation.downlink.codec
+    jobs = {j.client: j for j in server.poll()}
+    job, whole = jobs[1], server.whole(1)
+    diff = codec.encode({k: v + 1 for k, v in list(job.payload.items())[:1]})
+    handle = lambda head, body: client_app.handle({"run": "r", **head}, body, folder, "b")[0]
+    do = {"op": "do", "job": job.id, "timeout": 60, "part": 1 << 20, "forget": []}
+    asked = lambda job, blob: {**do, "asks": [plain(job)], "packets": [[job.id, len(blob)]]}
+    assert handle(asked(replace(job, since=0), diff), diff)["failed"] == "link"  # its packet is here; its worker is not
+    opened: list[Site] = []
+
+    def opens(recipe: str, client: int, where: Path) -> Site:
+        opened.append(site(tmp_path, client, 2, where, **more))
+        return opened[-1]
+
+    worker = Worker(folder, opens)
+    threading.Thread(target=worker.serve, daemon=True).start()
+    handle({"op": "hello", "recipe": "", "client": 1}, None)
+    assert handle(asked(replace(job, since=7), diff), diff)["failed"] == "lost"
+    assert not worker.path("r", job.id).exists()
+    blob = codec.encode(whole)
+    told = handle(asked(replace(job, since=-1), blob), blob)
+    assert "told" in told, told
+    assert digest(opened[0]._held) == digest(dict(whole))
+    worker.close()
 
 
 def test_the_courier_knows_no_torch() -> None:

@@ -53,13 +53,19 @@ def hear(line: Connection) -> dict[str, Any]:
 def store(path: Path, offset: int, data: bytes | memoryview, last: bool) -> None:
     """Write a part of a packet at its place; with the last one the file gets its name. Parts may come twice.
 
+    The first one begins anew: a packet that lies here from before may be another one of the same name, as jobs are sent
+    whole where their site has lost what they built on.
+
     Raises:
         ValueError: a part before this one is missing.
         OSError: the disk is full.
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
+    if offset == 0:
+        path.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+    elif path.exists() and not part.exists():
         return
     size = part.stat().st_size if part.exists() else 0
     if offset > size:

@@ -101,8 +101,10 @@ class Worker:
                     path = self.path(str(question["run"]), job.id)
                     if path.exists():
                         size = path.stat().st_size
-                        site.take(job, path)
-                        path.unlink()
+                        try:
+                            site.take(job, path)
+                        finally:  # what could not be taken is sent anew
+                            path.unlink(missing_ok=True)
                         logs.say(log, "job given", job=job.id, turn=job.turn, version=job.version, bytes=size)
                     elif not site.has(job):
                         raise Lost(f"the packet of job {job.id} is not here")
