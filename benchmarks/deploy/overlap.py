@@ -38,6 +38,7 @@ from hocket import run as runs
 from hocket.deploy import init as files
 from hocket.deploy import launch
 from hocket.models.tiny import tiny
+from hocket.provenance import git_hash
 from hocket.recipe import parse
 
 SITES = ("near", "middle", "far")
@@ -225,7 +226,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def compare(fleet: Fleet, k: int) -> dict[str, Any]:
-    """One repetition: all runs, and their predictions."""
+    """One repetition: all runs, and their predictions. FedFa comes last: it ends while sites are at work, and a
+    SuperNode that has a message of a run that is over can mistake its reply for the next one's."""
     done = {}
     for name in RUNS:
         shape(on=name != "messages")
@@ -236,7 +238,8 @@ def compare(fleet: Fleet, k: int) -> dict[str, Any]:
     step = paces(list(done.values()))
     trips = travels(done["messages"])
     message = statistics.median(trips) / 2
-    out: dict[str, Any] = {"step_seconds": step, "message_seconds": message, "round_trips": trips, "runs": {}}
+    out: dict[str, Any] = {"git": git_hash(), "step_seconds": step, "message_seconds": message, "round_trips": trips}
+    out["runs"] = {}
     for name in list(RUNS)[1:]:
         real = timing(done[name])
         told = simulate(name, fleet.model, fleet.folder / "rows.jsonl", step, message, fleet.folder / f"sim-{name}-{k}")
@@ -259,18 +262,22 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # links and processes are taken down
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--more", action="store_true", help="add to the repetitions that the result has")
     parser.add_argument("--out", type=Path, help="folder for all files of the runs; default: a temporary one")
     chosen = parser.parse_args()
     if os.geteuid() != 0:
         sys.exit("network namespaces need root")
     common.RESULTS = Path(__file__).parent / "results"
+    kept = common.RESULTS / "overlap.json"
+    found = json.loads(kept.read_text())["repetitions"] if chosen.more else []
     with contextlib.ExitStack() as stack:
-        folder = chosen.out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hk")))
-        folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(links())
-        fleet, found = stack.enter_context(Fleet(folder)), []
-        for k in range(chosen.repeat):
-            found.append(compare(fleet, k))
+        out = chosen.out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hk")))
+        for _ in range(chosen.repeat):
+            k = len(found)
+            folder = out / str(k)
+            folder.mkdir(parents=True)
+            with links(), Fleet(folder) as fleet:
+                found.append(compare(fleet, k))
             setting = {"link_mb_s": LINK, "step_seconds": STEP, "local_steps": STEPS, "layers": LAYERS, "width": WIDTH}
             common.save("overlap", {"setting": setting, "median": middle(found), "repetitions": found})
 
