@@ -13,12 +13,10 @@ import pytest
 from hocket.deploy import guard
 
 HELD = """import os, sys, tempfile
-import hocket.deploy.client_app
-from hocket.deploy.guard import Installed, confine
-roots = [p for p in sys.path if p] + [os.path.dirname(p) for p in sys.modules["hocket"].__path__]
-sys.meta_path.insert(0, Installed(roots, os.environ["FLWR_HOME"]))
-confine([os.environ["FLWR_HOME"], os.devnull])
-app = os.path.join(os.environ["FLWR_HOME"], "apps", "x")
+from hocket.deploy.guard import hold
+shared, home = tempfile.gettempdir(), os.environ["FLWR_HOME"]
+hold(home, os.environ["HOCKET_SITE"])
+app = os.path.join(home, "apps", "x")
 sys.path.insert(0, app)
 """
 
@@ -27,7 +25,7 @@ def held(home: Path, code: str, **env: str) -> str:
     """The end of what is printed by code in a process like a site's client app's, whose app lies in HOME/apps/x."""
     (home / "apps" / "x").mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [sys.executable, "-P", "-c", HELD + code], env=os.environ | {"FLWR_HOME": str(home)} | env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-P", "-c", HELD + code], env=os.environ | {"FLWR_HOME": str(home), "HOCKET_SITE": str(home.parent / "site")} | env, capture_output=True, text=True, timeout=120
     )
     return (done.stdout + done.stderr).strip().splitlines()[-1]
 
@@ -48,17 +46,18 @@ def test_a_module_of_the_apps_is_not_imported(tmp_path: Path, name: str) -> None
 
 
 def test_nor_one_that_it_brings_in_an_archive_or_by_a_link(tmp_path: Path) -> None:
-    app = tmp_path / "apps" / "x"
+    home = tmp_path / "home"
+    app = home / "apps" / "x"
     app.mkdir(parents=True)
     with zipfile.ZipFile(app / "a.zip", "w") as z:
         z.writestr("zipped.py", SPOIL.format(str(tmp_path / "spoiled")))
-    last = held(tmp_path, f"sys.path.insert(0, {str(app / 'a.zip')!r}); import zipped")
+    last = held(home, f"sys.path.insert(0, {str(app / 'a.zip')!r}); import zipped")
     assert last.startswith("ImportError: this site"), last
     (app / "real.py").write_text(SPOIL.format(str(tmp_path / "spoiled")))
     other = tmp_path / "installed"
     other.mkdir()
     (other / "linked.py").symlink_to(app / "real.py")
-    assert held(tmp_path, "import linked", PYTHONPATH=str(other)).startswith("ImportError: this site")
+    assert held(home, "import linked", PYTHONPATH=str(other)).startswith("ImportError: this site")
     assert not (tmp_path / "spoiled").exists()
 
 
@@ -72,11 +71,26 @@ def test_an_app_cannot_put_its_own_hocket_before_the_installed_one(tmp_path: Pat
     assert not (tmp_path / "spoiled").exists()
 
 
+def test_what_it_writes_where_modules_are_looked_for_is_not_imported(tmp_path: Path) -> None:
+    """An app's version can lead Flower out of the folder of apps, so a site's folder below one of Python's is no way in."""
+    home, site = tmp_path / "berlin" / "flower", tmp_path / "berlin"
+    (site / "runs").mkdir(parents=True)
+    (site / "runs" / "evil.py").write_text(SPOIL.format(str(tmp_path / "spoiled")))
+    env = {"HOCKET_SITE": str(site), "PYTHONPATH": str(tmp_path)}
+    last = held(home, "import berlin.runs.evil", **env)
+    assert last.startswith("ImportError: this site"), last
+    assert not (tmp_path / "spoiled").exists()
+    for root in (site / "runs", site, home, home / "apps"):
+        last = held(home, "print('began')", **env | {"PYTHONPATH": str(root)})
+        assert "give the site a folder that holds no installed packages" in last, last
+
+
 def test_installed_modules_are_imported(tmp_path: Path) -> None:
     assert held(tmp_path, "import tabnanny, xml.dom.minidom, email.mime.text, hocket.deploy.courier; print('all')") == "all"
 
 
 REFUSED = [
+    "open(shared + '/hocket-x', 'w')", "open(os.environ['HOCKET_SITE'] + '/x', 'w')",
     "open(out + '/x', 'w')", "os.open(out + '/x', os.O_CREAT | os.O_WRONLY)", "os.mkdir(app + '/../../../outside/x')",
     "os.symlink('/', out + '/x')", "os.rename(app, out + '/x')", "os.system('true')", "os.fork()",
     "__import__('subprocess').run(['true'])", "os.execv('/bin/true', ['true'])",

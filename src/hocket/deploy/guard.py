@@ -6,8 +6,9 @@ of a client app alone, and there
 
 * a module is imported from where Python found modules before Flower began, and from nowhere else, so an app must name
   `hocket.deploy.client_app:app`; anything else is an `ImportError` that the server is told;
-* no process is started, and no file is written outside Flower's home, the site's folder and the temporary one (an
-  app's name and version, which Flower makes a path of, can hold `..`).
+* no process is started, and no file is written outside Flower's home, with a temporary folder in it, and the site's
+  runs (an app's name and version, which Flower makes a path of, can hold `..`): not where modules are imported from,
+  and not where these commands lie.
 
 The second is an audit hook: it keeps Flower's own code, fed with a stranger's data, in its place. It would not hold
 code that is let in; the first lets none in.
@@ -42,11 +43,11 @@ class Installed(MetaPathFinder):
 
     Args:
         roots: folders of installed modules.
-        strange: Flower's home, wherever it lies.
+        strange: folders that an app can have files in, wherever they lie.
     """
 
-    def __init__(self, roots: Iterable[str], strange: str) -> None:
-        self.roots, self.strange = [os.path.realpath(r) for r in roots], os.path.realpath(strange)
+    def __init__(self, roots: Iterable[str], strange: Iterable[str]) -> None:
+        self.roots, self.strange = [os.path.realpath(r) for r in roots], [os.path.realpath(s) for s in strange]
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
         """The module's spec. Raises `ImportError` if it is not installed here."""
@@ -58,7 +59,7 @@ class Installed(MetaPathFinder):
                 continue
             places = [found.origin] if found.has_location and found.origin else []
             for place in [*places, *(found.submodule_search_locations or [])]:
-                if not within(place, self.roots) or within(place, [self.strange]):
+                if not within(place, self.roots) or within(place, self.strange):
                     raise ImportError(
                         f"this site runs only code that is installed on it, and '{name}' came with the run's app; "
                         f"an app for hocket names hocket.deploy.client_app:app and brings none (`hocket deploy app`)"
@@ -96,6 +97,35 @@ def confine(roots: Iterable[str]) -> None:
     sys.addaudithook(look)
 
 
+def hold(home: str, site: str) -> None:
+    """From now on this process is what a site's client app may be; for good.
+
+    Args:
+        home: Flower's, where it puts apps.
+        site: the site's folder.
+
+    Raises:
+        SystemExit: modules are imported from a folder that an app can write to.
+    """
+    import hocket
+    import hocket.deploy.client_app  # before anything else could bring one of that name
+
+    temporary = os.path.join(home, "tmp")
+    os.makedirs(temporary, exist_ok=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = temporary  # that of the machine may well hold modules
+    roots = [p for p in sys.path if p] + [str(Path(p).parent) for p in hocket.__path__]
+    strange = [os.path.realpath(home), os.path.realpath(site)]
+    for root in roots:
+        if within(root, strange):
+            sys.exit(
+                f"hocket: '{root}', where Python looks for modules, lies in a folder that a run's app can write to; "
+                f"give the site a folder that holds no installed packages (`hocket join --folder`)"
+            )
+    sys.dont_write_bytecode = True
+    sys.meta_path.insert(0, Installed(roots, strange))
+    confine([home, os.path.join(site, "runs"), os.devnull])
+
+
 def commands(folder: Path) -> Path:
     """A folder for PATH that holds what a site's SuperNode may start, each by way of this module."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -115,14 +145,7 @@ def main() -> None:
     (command,) = entry_points(group="console_scripts", name=name)
     start = command.load()
     if name == "flwr-clientapp":
-        sys.dont_write_bytecode = True
-        import hocket
-        import hocket.deploy.client_app  # before anything else could bring one of that name
-
-        home = os.environ["FLWR_HOME"]
-        roots = [p for p in sys.path if p] + [str(Path(p).parent) for p in hocket.__path__]
-        sys.meta_path.insert(0, Installed(roots, home))
-        confine([home, os.environ["HOCKET_SITE"], tempfile.gettempdir(), os.devnull])
+        hold(os.environ["FLWR_HOME"], os.environ["HOCKET_SITE"])
     start()
 
 
