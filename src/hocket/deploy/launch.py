@@ -1,8 +1,8 @@
 """Starting Flower's processes and ours, and starting them again when they end.
 
 A site: the worker, and a SuperNode that is refused for a minute after it was killed, so it is tried again every 15 s.
-The server: SuperLink on the loopback interface, the gate before it, the run's server app. Each process group is ended
-when we are, and each has a log file of its own.
+The server: SuperLink on the loopback interface, the gate before it, the run's server app. Each runs in a process group
+of its own, which is ended when we end in order (if we are killed, they go on), and has a log file of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from hocket.deploy.courier import own
 from hocket.deploy.guard import commands
 from hocket.deploy.logs import say
 from hocket.errors import HocketError, RunError
@@ -120,6 +121,7 @@ def quiet(home: Path, **more: str) -> dict[str, str]:
 def site(file: Path, described: Mapping[str, Any], folder: Path) -> list[Process]:
     """The two processes of a site."""
     here = file.resolve().parent
+    own(folder)
     node = [
         flower("flower-supernode"), "--superlink", str(described["superlink"]), "--host", "127.0.0.1",
         "--port", str(described.get("port", free_port())), "--node-config", f'site="{described["name"]}"',
@@ -222,21 +224,27 @@ class Hub:
             raise RunError(f"the run was not accepted: {(done.stdout + done.stderr).strip()[-400:]}") from error
 
     def flwr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run Flower's command."""
-        return subprocess.run(
-            [flower("flwr"), *arguments], env={**os.environ, **self.env}, capture_output=True, text=True, timeout=300
-        )
+        """Run Flower's command. Raises `RunError` if it does not end."""
+        try:
+            return subprocess.run(
+                [flower("flwr"), *arguments], env={**os.environ, **self.env}, capture_output=True, text=True,
+                timeout=300,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise RunError(f"`flwr {arguments[0]}` did not end within {error.timeout:.0f} s") from error
 
 
 def ended(run: Path) -> bool:
-    """Whether a run's ledger says that it has ended."""
-    ledger = run / "ledger.jsonl"
-    if not ledger.exists():
+    """Whether a run has ended and its last checkpoint is written: the ledger's `end` comes before that."""
+    try:
+        return bool(json.loads((run / "manifest.json").read_text()).get("finished"))
+    except (OSError, ValueError):
         return False
-    with ledger.open("rb") as f:
-        f.seek(max(0, ledger.stat().st_size - 4096))
-        lines = f.read().splitlines()
-    return bool(lines) and lines[-1].startswith(b'{"what":"end"')
+
+
+def progress(run: Path) -> int:
+    """How far a run has come for good: the number of its newest checkpoint; -1 before the first."""
+    return max((int(p.stem) for p in (run / "checkpoint").glob("*.hkt") if p.stem.isdigit()), default=-1)
 
 
 def busy(run: Path) -> bool:
@@ -249,7 +257,7 @@ def busy(run: Path) -> bool:
         return True
 
 
-FINAL = ("RecipeError", "DataError", "ModelError")
+FINAL = ("RecipeError", "DataError", "ModelError", "Unusable")
 """Failures of a run that would fail again."""
 
 
@@ -273,31 +281,39 @@ def drive(
     Args:
         processes: the hub's, its SuperLink first.
         grace: seconds that a server app may take to begin; `again`: between the end of one and the next.
-        tries: submissions without any progress after which this gives up.
+        tries: submissions without a new checkpoint after which this gives up.
 
     Raises:
         RunError: the run cannot begin, would fail again, or always ends at the same place.
     """
-    since, left, seen, first = -grace, tries, -1, True
+    since, left, seen, first = -grace, tries, -2, True
     link, submitted = processes[0].running, ""
-    while not stop() and not ended(run):
+    while not stop() and (not ended(run) or busy(run)):
         for p in processes:
             p.look()
         if hub.memory and processes[0].running not in (None, link):
-            link = processes[0].running
-            hub.connect()  # it was killed, and knows of no site's key any more
-        size = (run / "ledger.jsonl").stat().st_size if (run / "ledger.jsonl").exists() else 0
+            new = processes[0].running
+            try:
+                hub.connect()  # it was killed, and knows of no site's key any more
+                link = new
+            except RunError as error:
+                left -= 1
+                say(log, "not connected", logging.WARNING, reason=str(error), tries_left=left)
+                if left <= 0:
+                    raise
+                time.sleep(every)
+                continue
         if busy(run):
             since = time.monotonic() - grace + again  # it had begun: if it is gone, it is gone
         elif time.monotonic() - since > grace:
-            left = tries if size > seen else left - 1
+            left = tries if (now := progress(run)) > seen else left - 1
             if submitted and (found := failure(run, submitted)):
                 if found["kind"] in FINAL:
                     raise RunError(f"the run cannot go on: {found['reason']}")
                 say(log, "run failed", logging.WARNING, reason=found["reason"])
             if left <= 0:
                 raise RunError(f"the run does not go on; its last words are in the logs in '{hub.folder}'")
-            seen, since = size, time.monotonic()
+            seen, since = max(seen, now), time.monotonic()
             try:
                 listening(hub.inner)
                 submitted = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

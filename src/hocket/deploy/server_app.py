@@ -19,7 +19,7 @@ def make() -> Any:
     from hocket import recipe as recipes
     from hocket.deploy import logs
     from hocket.deploy.flower import FlowerLink
-    from hocket.deploy.serving import serve
+    from hocket.deploy.serving import name, serve
     from hocket.deploy.sites import shared
 
     app = ServerApp()
@@ -35,7 +35,7 @@ def make() -> Any:
             serve(
                 recipe, folder,
                 lambda path: FlowerLink(
-                    grid, f"{folder.name}-{recipe.hash[:8]}", shared(recipe), d.sites, path / "arriving",
+                    grid, name(path, recipe), shared(recipe), d.sites, path / "arriving",
                     part=int(d.part_mb * 1e6), patience=d.patience,
                 ),
                 logs.telling(d.sites),

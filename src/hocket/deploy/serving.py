@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,17 @@ from hocket.recipe import Recipe
 from hocket.run import Stop
 
 Listener = Callable[[dict[str, Any]], None]
+IDENTITY = "identity"  # in a run's folder: what tells it from another of the same name
+
+
+class Unusable(StoreError):
+    """A run's checkpoints are not of this recipe or this hocket, or none is whole; trying again does not mend that."""
+
+
+def name(folder: Path, recipe: Recipe) -> str:
+    """What sites know a run by, from its folder, which `serve` has made: of letters, digits, - and _ alone."""
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", folder.name)[:60]
+    return f"{plain}-{recipe.hash[:8]}-{(folder / IDENTITY).read_text().strip()}"
 
 
 def check(recipe: Recipe) -> None:
@@ -47,21 +62,40 @@ def serve(
     Raises:
         HocketError: bad input, or the run cannot go on; the folder can be gone on with.
         Interrupted: asked to stop; a checkpoint was written.
+        Unusable: the folder's checkpoints cannot be gone on from.
     """
     check(recipe)
     stop = stop or Stop()
     old = any((folder / "checkpoint").glob("*.hkt"))
-    run = store.RunFolder(folder, new=not old)
+    run = store.RunFolder(folder, new=not old and not (folder / IDENTITY).exists())
     try:
         saved: dict[str, Any] | None = None
         if old:
-            saved, _ = store.load(run.checkpoints, recipe.hash)
+            saved = _load(run, recipe)
             if saved["finished"]:
+                _end(run)  # it may have been killed just before it did so itself
                 raise StoreError(f"'{folder}' has finished; `hocket report {folder}` shows it")
+        if not old:  # nothing of an attempt that died before its first checkpoint counts, here or at the sites
+            shutil.rmtree(run.path / "packets", ignore_errors=True)
+        if not old or not (run.path / IDENTITY).exists():
+            store.put(run.path / IDENTITY, secrets.token_hex(4).encode())
         run.recipe.write_text(recipe.to_toml())
         return _go(recipe, run, link, listener, stop, saved)
     finally:
         run.close()
+
+
+def _load(run: store.RunFolder, recipe: Recipe) -> dict[str, Any]:
+    try:
+        state, _ = store.load(run.checkpoints, recipe.hash)
+    except StoreError as error:
+        raise Unusable(str(error)) from error
+    return dict(state)
+
+
+def _end(run: store.RunFolder) -> None:
+    """Say in the manifest that the run has ended and that its last checkpoint is there."""
+    run.write_json(run.manifest, json.loads(run.manifest.read_text()) | {"finished": True})
 
 
 def _go(
@@ -109,6 +143,7 @@ def _go(
         line.close()
         run.write_json(run.manifest, _manifest(recipe, experiment, deployment.t))
     ledger.close()
+    _end(run)
     return run.path
 
 

@@ -1,0 +1,179 @@
+"""A server that dies, a site that lies: the run goes on, and its folder says when it has ended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_deploy import Threads
+
+from hocket import recipe as recipes
+from hocket import store
+from hocket.deploy import launch, serving
+from hocket.deploy.nouns import Event, Joined
+from hocket.deploy.serving import Unusable, serve
+from hocket.deploy.sites import opener, read, shared
+from hocket.errors import HocketError, RunError, StoreError
+from hocket.recipe import Recipe
+
+RECIPE = """turns = 2
+[model]
+source = "tiny:llama"
+[data]
+source = "at the sites"
+template = "plain"
+max_length = 16
+[method]
+name = "fedavg"
+[training]
+batch_size = 2
+local_steps = 1
+[clients]
+count = 2
+[deployment]
+sites = ["a", "b"]
+"""
+
+
+def written(tmp: Path, text: str = RECIPE) -> Recipe:
+    (tmp / "recipe.toml").write_text(text)
+    return recipes.load(tmp / "recipe.toml")
+
+
+def fleet(tmp: Path, recipe: Recipe) -> Any:
+    """Two sites that are opened anew for each link, by the name that the run has by then."""
+
+    def link(folder: Path) -> Threads:
+        opened = {}
+        for c, name in enumerate(recipe.deployment.sites):
+            where = tmp / name
+            where.mkdir(exist_ok=True)
+            (where / "rows.jsonl").write_text(
+                "".join(json.dumps({"text": f"{name} says {i}"}) + "\n" for i in range(5))
+            )
+            (where / "site.toml").write_text(f'name = "{name}"\n[data]\nsource = "rows.jsonl"\n')
+            kept = where / serving.name(folder, recipe)
+            opened[c] = opener(read(where / "site.toml"), where)(shared(recipe), c, kept)
+        line = Threads(opened, tmp)
+        line.events.queue.clear()
+        for c, s in opened.items():
+            line.events.put(Joined(c, {"version": s.version, "rows": s.client.rows}))
+        return line
+
+    return link
+
+
+def dying(link: Any) -> Any:
+    """The same, and the server dies with the first update."""
+
+    def opens(folder: Path) -> Threads:
+        line: Threads = link(folder)
+        following = line.next
+
+        def next(timeout: float | None) -> Event | None:
+            event = following(timeout)
+            if event is not None and not isinstance(event, Joined):
+                raise RuntimeError("killed")
+            return event
+
+        line.next = next  # type: ignore[method-assign]
+        return line
+
+    return opens
+
+
+def test_a_server_that_died_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    recipe, run = written(tmp_path), tmp_path / "a run, no. 2"
+    link = fleet(tmp_path, recipe)
+    with pytest.raises(RuntimeError, match="killed"):
+        serve(recipe, run, dying(link))
+    first = serving.name(run, recipe)
+    stale = run / "packets" / "inbox" / "99.json"
+    stale.write_text("{}")
+    assert not launch.ended(run)
+    assert launch.progress(run) == -1
+    serve(recipe, run, link)
+    assert launch.ended(run)
+    assert launch.progress(run) > 0
+    assert not stale.exists()
+    second = serving.name(run, recipe)
+    assert first != second, "sites would answer from what they kept of the first attempt"
+    assert all((c.isalnum() and c.isascii()) or c in "-_" for c in second)
+    with pytest.raises(StoreError, match="has finished"):
+        serve(recipe, run, link)
+
+
+def test_a_server_killed_before_its_last_checkpoint_is_gone_on_with(tmp_path: Path, monkeypatch: Any) -> None:
+    recipe, run = written(tmp_path), tmp_path / "run"
+    link, save = fleet(tmp_path, recipe), store.save
+
+    def saves(folder: Path, step: int, state: Any, *more: Any) -> Path:
+        if state["finished"]:
+            raise RuntimeError("killed")
+        return save(folder, step, state, *more)
+
+    with monkeypatch.context() as m:
+        m.setattr(store, "save", saves)
+        with pytest.raises(RuntimeError, match="killed"):
+            serve(recipe, run, link)
+    assert (run / "ledger.jsonl").read_bytes().splitlines()[-1].startswith(b'{"what":"end"')
+    assert not launch.ended(run), "its last checkpoint is missing"
+    name = serving.name(run, recipe)
+    serve(recipe, run, link)
+    assert launch.ended(run)
+    assert serving.name(run, recipe) == name
+    (run / "manifest.json").write_text("{}")  # killed between its last checkpoint and saying so
+    with pytest.raises(StoreError, match="has finished"):
+        serve(recipe, run, link)
+    assert launch.ended(run)
+    other = written(tmp_path, RECIPE.replace("turns = 2", "turns = 3"))
+    with pytest.raises(Unusable, match="another recipe"):
+        serve(other, run, link)
+    assert Unusable.__name__ in launch.FINAL
+
+
+def test_a_run_of_another_kind_is_not_written_over(tmp_path: Path) -> None:
+    recipe, run = written(tmp_path), tmp_path / "run"
+    run.mkdir()
+    (run / "ledger.jsonl").write_text("{}\n")
+    with pytest.raises(HocketError, match="already holds a run"):
+        serve(recipe, run, fleet(tmp_path, recipe))
+
+
+class Hub(launch.Hub):
+    """Takes every run, of which each ends after more or fewer rows, without a checkpoint."""
+
+    run: Path
+    sizes = (900, 100, 800, 200)
+    submitted = 0
+
+    def submit(self, app: Path, recipe: Path, run: Path) -> str:
+        (self.run / "ledger.jsonl").write_bytes(b" " * self.sizes[self.submitted % 4])
+        self.submitted += 1
+        return "1"
+
+
+def test_a_run_without_new_checkpoints_is_given_up(tmp_path: Path, monkeypatch: Any) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    hub = Hub(tmp_path / "hub", 1, 1)
+    hub.run = run
+    monkeypatch.setattr(launch, "listening", lambda port: None)
+    kept = launch.Process("superlink", ["sleep", "60"], tmp_path / "log")
+    try:
+        with pytest.raises(RunError, match="does not go on"):
+            launch.drive(hub, [kept], tmp_path, tmp_path, run, lambda: hub.submitted > 50, 0.0, 0.0, 0.001, tries=4)
+    finally:
+        kept.stop()
+    assert hub.submitted == 4
+
+
+def test_a_command_of_flower_that_hangs_is_tried_again(tmp_path: Path, monkeypatch: Any) -> None:
+    def hangs(*_: Any, **more: Any) -> None:
+        raise launch.subprocess.TimeoutExpired("flwr", more["timeout"])
+
+    monkeypatch.setattr(launch.subprocess, "run", hangs)
+    with pytest.raises(RunError, match="did not end within 300 s"):
+        launch.Hub(tmp_path, 1, 1).flwr("run")
