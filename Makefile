@@ -60,7 +60,6 @@ seeds: $(READY)  ## full-parameter tuning in kilobytes, resumable (about three h
 	for studies in "sst2-skewed sst2-iid" "qqp-skewed qqp-iid mrpc-skewed mrpc-iid rte-skewed rte-iid" beyond-sst2 beyond-qqp dolly; do \
 	  $(BIN)/python -m hocket compare $$(printf 'benchmarks/seeds/%s.toml ' $$studies) --jobs 2 \
 	    --results benchmarks/seeds/results || exit 1; done
-	$(BIN)/python benchmarks/seeds/energy.py
 	$(BIN)/python benchmarks/seeds/report.py
 
 cllora: $(READY)  ## texts unequal among clients, resumable (about half an hour; see docs/cllora.md)

@@ -4,25 +4,23 @@ A subspace of inputs with orthonormal rows V holds |G V^T|^2 / |G|^2 of it: r/n 
 the unit mean input u it is |G u|^2 / |G|^2, and G u is what training the bias moves where inputs are near their mean.
 Coordinates B = G' P^T of other rows' gradient G' in a random subspace say something, too: which outputs move, a
 subspace Q = orth(B) of them, that holds |Q^T G|^2 / |G|^2. From the start model and rows of SST-2's training part; no
-training. Writes results/energy.json.
+training.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import save
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from hocket import models
+from hocket.data import collate, encode, load
 
-from hocket import models  # noqa: E402
-from hocket.data import collate, encode, load  # noqa: E402
-from hocket.provenance import git_hash  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+
 
 MODULES = ("query", "key", "value", "dense")
 ROWS, LENGTH, RANK, BATCH = 256, 32, 4, 32
@@ -39,7 +37,7 @@ def main() -> None:
     torch.manual_seed(0)
     loaded = models.load("minilm-l6-v2", task="classification", num_labels=2, seed=0)
     model: Any = loaded.model.eval()
-    table = load("data/glue_sst2/train.jsonl.gz", limit=2 * ROWS)
+    table = load(ROOT / "data/glue_sst2/train.jsonl.gz", limit=2 * ROWS)
     rows, _, _ = encode(table, loaded.tokenizer, task="classification", max_length=LENGTH)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(MODULES)}
     sums = {n: torch.zeros(m.in_features, dtype=torch.float64) for n, m in layers.items()}
@@ -77,10 +75,7 @@ def main() -> None:
         for k, v in shares.items():
             out.setdefault(k, []).append(v)
     shares = {k: statistics.fmean(v) for k, v in out.items()}
-    result = {"git": git_hash(), "modules": len(layers), "rows": ROWS, "share": shares}
-    (Path(__file__).parent / "results" / "energy.json").write_text(json.dumps(result, indent=1) + "\n")
-    for k, v in shares.items():
-        print(f"{k:45} {v:.3f}")
+    save("gradient_energy", {"modules": len(layers), "rows": ROWS, "share": shares})
 
 
 if __name__ == "__main__":
