@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import shutil
 import stat
@@ -418,6 +419,7 @@ def test_worker_and_courier_talk_json_over_a_socket_of_the_owners_own(tmp_path: 
     threading.Thread(target=worker.serve, daemon=True).start()
     assert stat.S_IMODE((folder / courier.SOCKET).stat().st_mode) == 0o600
     assert stat.S_IMODE((folder / courier.KEY).stat().st_mode) == 0o600
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     hello = {"op": "hello", "run": "r1", "recipe": 'name = "x"', "client": 1}
     assert client_app.handle({"op": "hello", "run": "r1"}, None, folder, "b") == ({"name": "b"}, None)
     told, _ = client_app.handle(hello, None, folder, "b")
@@ -445,6 +447,56 @@ def test_worker_and_courier_talk_json_over_a_socket_of_the_owners_own(tmp_path: 
     assert client_app.handle(hello, None, folder, "b")[0]["failed"] == "link"
     worker.close()
     assert client_app.handle(hello, None, folder, "b")[0]["failed"] == "link"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no room in '/data/berlin/x'"), FileNotFoundError(2, "gone", "/data/berlin/x")], ids=repr)
+def test_whatever_fails_at_a_site_is_answered_without_its_paths(tmp_path: Path, error: Exception) -> None:
+    def opens(recipe: str, client: int, where: Path) -> Site:
+        raise error
+
+    worker = Worker(tmp_path / "s", opens)
+    threading.Thread(target=worker.serve, daemon=True).start()
+    hello = {"op": "hello", "run": "r", "recipe": "", "client": 1}
+    told, _ = client_app.handle(hello, None, tmp_path / "s", "b")
+    assert told["failed"] == ("link" if isinstance(error, OSError) else "job")
+    assert type(error).__name__ in told["reason"]
+    missing, _ = client_app.handle({"op": "fetch", "run": "r", "job": 1, "offset": 0, "part": 1}, None, tmp_path / "s", "b")
+    worker.close()
+    gone, _ = client_app.handle(hello, None, tmp_path / "s", "b")
+    for said in (told, missing, gone):
+        assert said["failed"]
+        assert "berlin" not in said["reason"]
+        assert str(tmp_path) not in said["reason"]
+    kept = "see https://x.org/a/b, org/model, 3/4 s, data.source"
+    assert courier.unplaced(kept) == kept
+    assert courier.unplaced("'/a b/c' and /d/e.f: x, ~/g") == "'[a path]' and [a path]: x, [a path]"
+
+
+def test_what_a_site_remembers_is_of_its_last_job_whatever_its_number(tmp_path: Path) -> None:
+    """A server that went back gives numbers anew: the last job may have a smaller one than an old update that is here."""
+    more: dict[str, Any] = {"meth": {"name": "fedsa-lora", "rank": 2}}
+    w = worlds(**more)
+    job = next(j for j in w.simulation.server.poll() if j.client == 0)
+    blob = w.simulation.downlink.codec.encode(job.payload)
+    first = site(tmp_path, 0, 3, **more)
+    for number, turn in ((7, job.turn), (2, job.turn + 1)):
+        first.take(replace(job, id=number, turn=turn, since=-1), blob)
+        assert first.answer(number)
+    first.close()
+    memory = {k: v.clone() for k, v in first.memory().items()}
+    second = site(tmp_path, 0, 3, **more)
+    assert {k: v.tolist() for k, v in second.memory().items()} == {k: v.tolist() for k, v in memory.items()}
+    second.close()
+    (tmp_path / "site0" / "memory.json").write_text("7")  # as if killed between an update and its note
+    at = (tmp_path / "site0" / "update-7.json").stat().st_mtime_ns
+    os.utime(tmp_path / "site0" / "memory.json", ns=(at, at))
+    third = site(tmp_path, 0, 3, **more)
+    assert third.memory().keys() == memory.keys()
+    assert json.loads((tmp_path / "site0" / "memory.json").read_text()) == 2
+    third.version = 5
+    with pytest.raises(Lost, match="version 5 is what is here"):  # and a difference between older versions is no use
+        third.take(replace(job, id=9, version=4, since=3), b"")
+    third.close()
 
 
 def test_parts_of_a_packet_may_come_twice_but_not_be_left_out(tmp_path: Path) -> None:

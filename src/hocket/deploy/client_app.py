@@ -14,6 +14,7 @@ and {failed, reason} for what cannot be done (see `hocket.deploy.nouns.Failed`).
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,12 +26,24 @@ from flwr.clientapp import ClientApp
 from hocket.deploy import courier
 from hocket.deploy.messages import content, read
 
+log = logging.getLogger(__name__)
+
 FOLDER = "HOCKET_SITE"
 """Environment variable: the site's folder, where its worker listens. Flower's `--node-config site=...` names it."""
 
 
 def handle(head: Mapping[str, Any], body: bytes | None, folder: Path, name: str) -> tuple[dict[str, Any], bytes | None]:
-    """The answer to a message: its head and its bytes."""
+    """The answer to a message: its head and its bytes. What failed is told without this machine's paths."""
+    told, data = _answer(head, body, folder, name)
+    if "reason" in told:
+        log.warning("%s: %s", head.get("op"), told["reason"])
+        told = {**told, "reason": courier.unplaced(str(told["reason"]))}
+    return told, data
+
+
+def _answer(
+    head: Mapping[str, Any], body: bytes | None, folder: Path, name: str
+) -> tuple[dict[str, Any], bytes | None]:
     try:
         op, run = str(head["op"]), str(head["run"])
         if not run or not all(c.isalnum() or c in "-_" for c in run):
@@ -65,7 +78,7 @@ def handle(head: Mapping[str, Any], body: bytes | None, folder: Path, name: str)
     except courier.NoWorker as error:
         return {"failed": "link", "reason": str(error)}, None
     except (KeyError, TypeError, ValueError, OSError) as error:
-        return {"failed": "job", "reason": f"{type(error).__name__}: {error}"}, None
+        return {"failed": "job", "reason": courier.plain(error)}, None
 
 
 app = ClientApp()

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
+from hocket.errors import StoreError
+
 SOCKET, KEY = "worker.sock", "worker.key"
+
+
+PLACES = re.compile(r"(?<=')[/~][^'\n]*(?=')|(?<=\")[/~][^\"\n]*(?=\")|(?<![\w.:/~-])~?(?:/[^\s'\",;:)]+)+")
+"""Absolute paths in a text; not addresses, and not names such as `org/model`."""
 
 
 class NoWorker(Exception):
@@ -32,9 +39,33 @@ def ask(folder: Path, question: dict[str, Any]) -> dict[str, Any]:
             say(line, question)
             return hear(line)
     except (OSError, EOFError, ValueError, AuthenticationError) as error:
-        raise NoWorker(
-            f"no worker answers in '{folder}' ({type(error).__name__}: {error}); start `hocket join`"
-        ) from error
+        raise NoWorker(f"no worker answers at this site ({plain(error)}); start `hocket join`") from error
+
+
+def plain(error: BaseException) -> str:
+    """An error as others may read it: none of this machine's paths."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{type(error).__name__} {error.errno}: {os.strerror(error.errno)}"
+    return unplaced(f"{type(error).__name__}: {error}")
+
+
+def unplaced(text: str) -> str:
+    """A text without this machine's paths."""
+    return PLACES.sub("[a path]", text)
+
+
+def own(folder: Path) -> Path:
+    """Make a folder that its owner alone can enter, and what is above it.
+
+    Raises:
+        StoreError: it cannot be made, or belongs to somebody else.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise StoreError(f"'{folder}': {error.strerror}; choose a folder of your own") from error
+    return folder
 
 
 def say(line: Connection, what: dict[str, Any]) -> None:

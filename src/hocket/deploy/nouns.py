@@ -18,11 +18,7 @@ from hocket.methods import Job
 
 @dataclass(frozen=True)
 class Ask:
-    """A job and the file that holds its download as a packet.
-
-    Attributes:
-        view: whether the packet is the whole view of the job's version, so that nothing is held of earlier ones.
-    """
+    """A job and the file that holds its download as a packet."""
 
     job: Job
     packet: Path

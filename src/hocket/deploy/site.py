@@ -19,6 +19,7 @@ from typing import Any
 from hocket import store, wire
 from hocket.client import Setting, work
 from hocket.codecs import Codec
+from hocket.deploy.courier import plain as plain_error
 from hocket.errors import HocketError, StoreError, WireError
 from hocket.methods import Client, Job
 from hocket.tree import Tree
@@ -82,7 +83,7 @@ class Site:
             done = self.has(job)
             if done and (job.version <= self.version or not packet):
                 return
-            if job.since is not None and job.since > self.version:
+            if job.since is not None and (job.since > self.version or (job.since >= 0 and job.version < self.version)):
                 raise Lost(f"job {job.id} builds on version {job.since}, and version {self.version} is what is here")
             view = self._load(job, self.down.decode(wire.Packet(packet)))
             if done:  # asked again by a server that went back to a checkpoint: what it brought is news all the same
@@ -191,7 +192,7 @@ class Site:
             task.failure = str(error)
         except Exception as error:  # whatever it is, the server must hear of it instead of waiting
             log.exception("job %d failed", job.id)
-            task.failure = f"{type(error).__name__}: {error}"
+            task.failure = plain_error(error)
         task.view = {}
 
     def memory(self) -> Mapping[str, Any]:
@@ -206,18 +207,27 @@ class Site:
         try:
             return dict(wire.Packet(path))
         except (OSError, WireError) as error:
+            log.error("'%s': %s; delete '%s' to go on without what this client remembers", path, error, self.folder)
             raise StoreError(
-                f"'{path}': {error}; delete '{self.folder}' to go on without what this client remembers"
+                f"what this client remembers cannot be read ({type(error).__name__}); its log says where it is"
             ) from error
 
     def _memory(self, job: int) -> Path:
         return self.folder / f"memory-{job}.hkt"
 
     def _recall(self) -> int | None:
-        """The last job whose update was whole when an earlier process ended."""
+        """The last job whose update was whole when an earlier process ended: the one that is noted, or the one after,
+        if that process ended before it could note it. Numbers of jobs say nothing: a server that went back to a
+        checkpoint gives them anew."""
         noted = self.folder / "memory.json"
-        jobs = [int(p.stem.removeprefix("update-")) for p in self.folder.glob("update-*.json")]
-        return max([*jobs, *([json.loads(noted.read_text())] if noted.exists() else [])], default=None)
+        last: int | None = json.loads(noted.read_text()) if noted.exists() else None
+        since = noted.stat().st_mtime_ns if noted.exists() else 0
+        for file in sorted(self.folder.glob("update-*.json"), key=lambda p: p.stat().st_mtime_ns):
+            job, after = int(file.stem.removeprefix("update-")), json.loads(file.read_text()).get("after")
+            if job != last and after == last and file.stat().st_mtime_ns >= since and self._memory(job).exists():
+                store.put(noted, json.dumps(job).encode())
+                return job
+        return last
 
 
 def _key(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hocket.deploy import logs
-from hocket.deploy.courier import KEY, SOCKET, hear, say
+from hocket.deploy.courier import KEY, SOCKET, hear, own, plain, say
 from hocket.deploy.site import Lost, Site, job_of
 from hocket.errors import HocketError, StoreError
 
@@ -42,7 +42,7 @@ class Worker:
 
     def __init__(self, folder: Path, opens: Opener) -> None:
         self.folder, self._opens = folder, opens
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        own(folder)
         self.run: str | None = None
         self.site: Site | None = None
         self._opening = threading.Lock()
@@ -124,6 +124,12 @@ class Worker:
             return self._failed("job", str(error))
         except (KeyError, TypeError, ValueError) as error:
             return self._failed("job", f"cannot be read: {type(error).__name__}: {error}")
+        except OSError as error:  # the disk is full, a file is being replaced: it may go better in a while
+            log.exception("'%s' failed", question.get("op"))
+            return self._failed("link", plain(error))
+        except Exception as error:  # whatever it is, the server must hear of it instead of asking for ever
+            log.exception("'%s' failed", question.get("op"))
+            return self._failed("job", plain(error))
 
     def _failed(self, kind: str, reason: str) -> dict[str, Any]:
         logs.say(log, "failed", logging.WARNING, kind=kind, reason=reason)
