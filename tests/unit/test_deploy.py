@@ -13,16 +13,20 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from flwr.supercore.task_identity import TaskIdentity
 from worlds import World, language, quadratic
 
 from hocket import store, wire
 from hocket.client import Setting
 from hocket.deploy import client_app, courier
 from hocket.deploy.engine import Deployment
+from hocket.deploy.flower import FlowerLink
+from hocket.deploy.messages import content, read
 from hocket.deploy.nouns import Answered, Event, Failed, Joined, Left, Request, Taken
 from hocket.deploy.site import Lost, Site, plain
 from hocket.deploy.ways import Out, Way, due
@@ -497,6 +501,49 @@ def test_what_a_site_remembers_is_of_its_last_job_whatever_its_number(tmp_path: 
     with pytest.raises(Lost, match="version 5 is what is here"):  # and a difference between older versions is no use
         third.take(replace(job, id=9, version=4, since=3), b"")
     third.close()
+
+
+class Nodes:
+    """A grid whose nodes say their names and have the run open at once; an upload ends too early."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1  # as in a task's process
+        self.names, self.replies = names, dict[str, Any]()
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.names)
+
+    def push_messages(self, messages: list[Any]) -> list[str]:
+        (message,) = messages
+        node, head = message.metadata.dst_node_id, read(message.content)[0]
+        told: dict[str, Any] = {"name": self.names[node], "rows": 2, "version": node}
+        if head["op"] == "do":
+            zero = dict.fromkeys(("client", "version", "turn", "visit"), 0)
+            told = {"told": {**zero, "weight": 1.0, "metrics": {}}, "size": 9}
+        if head["op"] == "fetch":
+            told = {"failed": "job", "reason": "FileNotFoundError"}
+        self.replies[str(node)] = SimpleNamespace(has_error=lambda: False, content=content(told, b"abc"))
+        return [str(node)]
+
+    def pull_messages(self, keys: list[str]) -> list[Any]:
+        return [self.replies.pop(k) for k in keys if k in self.replies]
+
+
+def test_a_node_whose_name_is_taken_is_met_again_once_it_is_free(tmp_path: Path) -> None:
+    grid: Any = Nodes({1: "berlin"})
+    link = FlowerLink(grid, "r", "", ["berlin"], tmp_path / "arriving", poll=0.01, pause=0.05)
+    assert link.next(60) == Joined(0, {"rows": 2, "version": 1})
+    link.send(Request(5, 0, (), 0))
+    failed = link.next(60)
+    assert isinstance(failed, Failed)
+    assert failed.kind == "link"
+    assert not any((tmp_path / "arriving").iterdir())  # nothing is left of what did not arrive whole
+    grid.names[2] = "berlin"  # its SuperNode was started anew, and the old one is not missed yet
+    assert link.next(3) is None
+    del grid.names[1]
+    assert link.next(60) == Left(0)
+    assert link.next(60) == Joined(0, {"rows": 2, "version": 2})
+    link.close()
 
 
 def test_parts_of_a_packet_may_come_twice_but_not_be_left_out(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from hocket.deploy import checks
+from hocket.deploy.courier import own
 from hocket.deploy.logs import say
 from hocket.deploy.messages import content, read
 from hocket.deploy.nouns import Answered, Ask, Event, Failed, Joined, Left, Request, Taken
@@ -53,11 +54,12 @@ class FlowerLink:
     ) -> None:  # fmt: skip
         self.grid, self.run, self.recipe, self.sites, self.folder = grid, run, recipe, list(sites), folder
         self.part, self.poll, self.patience, self.pause = part, poll, patience, pause
-        folder.mkdir(parents=True, exist_ok=True)
+        own(folder)
         self._events: queue.Queue[Event] = queue.Queue()
         self._todo: dict[int, queue.Queue[Request | None]] = {}  # by client
         self._nodes: dict[int, int] = {}  # client -> node
-        self._known: set[int] = set()
+        self._known: set[int] = set()  # nodes that were met or are being met; `_watch` alone writes it
+        self._again: set[int] = set()  # of them those to be met again
         self._closed = threading.Event()
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -90,10 +92,14 @@ class FlowerLink:
             except Exception as error:  # the SuperLink is restarting
                 say(log, "no SuperLink", logging.WARNING, reason=str(error))
                 continue
+            with self._lock:
+                self._known -= self._again
+                self._again.clear()
+                left = (self._known | set(self._nodes.values())) - now
+            for node in left:
+                self._lose(node)
             for node in now - self._known:
                 threading.Thread(target=self._meet, args=(node,), daemon=True).start()
-            for node in self._known - now:
-                self._lose(node)
             self._known = now
 
     def _lose(self, node: int) -> None:
@@ -105,29 +111,37 @@ class FlowerLink:
                 self._events.put(Left(c))  # before anybody hears that it is not connected
 
     def _meet(self, node: int) -> None:
-        """Learn which site a node is, have it open the run, and begin its conversation."""
+        """Learn which site a node is, have it open the run, and begin its conversation; if it cannot yet, once more."""
+        if not self._met(node):
+            self._closed.wait(self.pause)
+            with self._lock:
+                self._again.add(node)
+
+    def _met(self, node: int) -> bool:
+        """Whether all is settled with a node; else it is met again, if it is there still."""
         try:
-            name = self._say(node, {"op": "hello", "run": self.run})[0].get("name", "")
-            if name not in self.sites:
+            told = self._say(node, {"op": "hello", "run": self.run})[0]
+            if "failed" in told:
+                raise Gone(str(told.get("reason")))
+            if (name := told.get("name", "")) not in self.sites:
                 say(log, "node refused", logging.WARNING, node=node, site=name, reason="no site of this run")
-                return
+                return True
             client = self.sites.index(name)
             hello = self._open(client, node)
             if hello is None:
-                return
+                return False
         except Exception as error:  # Gone, or no message of ours: whatever it is, the others go on
             say(log, "node does not answer", logging.WARNING, node=node, reason=f"{type(error).__name__}: {error}")
-            self._closed.wait(self.pause)
-            self._known.discard(node)  # if it is there still, it is met again
-            return
+            return False
         with self._lock:
-            if client in self._nodes:
+            if client in self._nodes:  # a SuperNode that was started anew may be seen before the old one is missed
                 say(log, "node refused", logging.WARNING, node=node, site=name, reason="another node has this name")
-                return
+                return self._nodes[client] == node
             self._nodes[client] = node
             todo = self._todo[client] = queue.Queue()
         self._events.put(Joined(client, hello))
         threading.Thread(target=self._converse, args=(client, node, todo), daemon=True).start()
+        return True
 
     def _open(self, client: int, node: int) -> dict[str, int] | None:
         """Have a site open the run, once it has a worker; what it says of itself, None if it cannot. Raises `Gone`."""
@@ -186,14 +200,18 @@ class FlowerLink:
         if size > r.largest:
             raise ValueError(f"an upload of {size} bytes; at most {r.largest} can be one")
         path = self.folder / f"came-{client}-{r.id}.hkt"
-        with path.open("wb") as f:
-            at = f.write((body or b"")[: size + 1])
-            while at < size:
-                head = {"op": "fetch", "run": self.run, "job": r.answer, "offset": at, "part": self.part}
-                more, body = self._say(node, head)
-                if "failed" in more or not body:
-                    raise Gone(str(more.get("reason", "an upload ends before its end")))
-                at += f.write(body[: size - at + 1])
+        try:
+            with path.open("wb") as f:
+                at = f.write((body or b"")[: size + 1])
+                while at < size:
+                    head = {"op": "fetch", "run": self.run, "job": r.answer, "offset": at, "part": self.part}
+                    more, body = self._say(node, head)
+                    if "failed" in more or not body:
+                        raise Gone(str(more.get("reason", "an upload ends before its end")))
+                    at += f.write(body[: size - at + 1])
+        except BaseException:  # it will come under another name
+            path.unlink(missing_ok=True)
+            raise
         return Answered(client, r.answer, said, path)
 
     def _upload(self, node: int, ask: Ask) -> None:
