@@ -160,14 +160,16 @@ class Server:
             return "late: not waited for any more"
         if (update.client, update.version, update.turn) != (job.client, job.version, job.turn):
             return "rejected: it names another client, version or turn than its job"
+        reason = self._unusable(update)
+        read = None if reason else self._read(update)  # if it raises, nothing has changed
         self._settle(job.id)
-        if reason := self._unusable(update):
+        if read is None:
             self.silence += 1
             self._prune()
             return reason
         self.silence = 0
         self.heard[job.client] = max(job.visit, self.heard.get(job.client, -1))
-        self.buffer.append(self._read(update))
+        self.buffer.append(read)
         if (r := self.rounds.get(update.turn)) is not None:
             r["arrived"] += 1
         return None

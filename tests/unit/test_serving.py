@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_deploy import Threads
+import torch
+from test_deploy import Threads, deploy
 
 from hocket import recipe as recipes
-from hocket import store
+from hocket import store, wire
 from hocket.deploy import launch, serving
-from hocket.deploy.nouns import Event, Joined
+from hocket.deploy.checks import Norms, Weights, told
+from hocket.deploy.nouns import Answered, Event, Joined
 from hocket.deploy.serving import Unusable, serve
 from hocket.deploy.sites import opener, read, shared
-from hocket.errors import HocketError, RunError, StoreError
+from hocket.errors import HocketError, RunError, StoreError, WireError
 from hocket.recipe import Recipe
+from hocket.sections import Training
 
 RECIPE = """turns = 2
 [model]
@@ -177,3 +181,79 @@ def test_a_command_of_flower_that_hangs_is_tried_again(tmp_path: Path, monkeypat
     monkeypatch.setattr(launch.subprocess, "run", hangs)
     with pytest.raises(RunError, match="did not end within 300 s"):
         launch.Hub(tmp_path, 1, 1).flwr("run")
+
+
+class Lying(Threads):
+    """Site 1 answers turn 1 with what `lie` makes of its update."""
+
+    def __init__(self, sites: dict[int, Any], folder: Path, lie: Any) -> None:
+        super().__init__(sites, folder)
+        self.lie = lie
+
+    def next(self, timeout: float | None) -> Event | None:
+        event = super().next(timeout)
+        if isinstance(event, Answered) and event.client == 1 and event.told["turn"] == 1:
+            return self.lie(event)  # type: ignore[no-any-return]
+        return event
+
+
+def huge(event: Answered) -> Answered:
+    old = wire.Packet(event.packet.read_bytes())
+    event.packet.write_bytes(wire.pack({k: v.double() * 0 + 1e200 for k, v in old.items()}, old.meta))
+    return event
+
+
+def heavy(event: Answered) -> Answered:
+    return Answered(event.client, event.job, {**event.told, "weight": 1e300}, event.packet)
+
+
+def odd(event: Answered) -> Answered:
+    return Answered(event.client, event.job, {**event.told, "weight": 10**400}, event.packet)
+
+
+WEIGHTS = Weights("examples", Training(batch_size=2, local_steps=3), 16)
+
+
+@pytest.mark.parametrize("norm_limit", [None, 1e3])
+@pytest.mark.parametrize(("lie", "reason"), [(huge, "1e.200|norm inf"), (heavy, "at most"), (odd, "OverflowError")])
+def test_what_a_site_tells_neither_ends_the_run_nor_moves_the_model(
+    tmp_path: Path, lie: Any, reason: str, norm_limit: float | None
+) -> None:
+    deployed, link = deploy(tmp_path, meth={"name": "fedit", "rank": 2})
+    deployed.link, deployed.norms, deployed.weights = Lying(link.sites, tmp_path, lie), Norms(norm_limit), WEIGHTS
+    rows: list[dict[str, Any]] = []
+    deployed.ledger.listener = rows.append
+    deployed.run()
+    link.close()
+    lost = [r for r in rows if r["what"] == "lost"]
+    assert [r["client"] for r in lost] == [1]
+    assert re.search(reason, lost[0]["reason"]), lost
+    assert all(torch.isfinite(v).all() for v in deployed.server.state["params"].values())
+
+
+def test_a_weight_is_the_sites_word_only_where_the_server_cannot_know_it() -> None:
+    training = WEIGHTS.training
+    assert Weights("uniform", training, 16).look(1e300, 5) == 1.0
+    assert Weights("rows", training, 16).look(1e300, 5) == 5.0
+    assert WEIGHTS.look(6.0, 5) == 6.0
+    with pytest.raises(WireError, match="at most 6 examples"):
+        WEIGHTS.look(7.0, 5)
+    with pytest.raises(WireError, match="at most 3 examples"):  # a batch is no larger than what there is
+        WEIGHTS.look(4.0, 1)
+    assert Weights("tokens", training, 16).look(96.0, 5) == 96.0
+    epochs = Training(batch_size=2, local_epochs=2.0)
+    assert Weights("examples", epochs, 16).look(10.0, 5) == 10.0
+
+
+def test_whole_numbers_without_bounds_are_refused() -> None:
+    with pytest.raises(ValueError, match="weight: not a finite number"):
+        told({"client": 0, "version": 0, "turn": 0, "visit": 0, "weight": 10**400})
+
+
+def test_a_torn_note_in_the_inbox_does_not_keep_a_server_from_starting(tmp_path: Path) -> None:
+    deployed, link = deploy(tmp_path)
+    (deployed.inbox / "0.json").write_text('{"client": 0, "ver')
+    (deployed.inbox / "0.hkt").write_bytes(b"torn")
+    deployed.run()
+    link.close()
+    assert deployed.server.finished

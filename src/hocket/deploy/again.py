@@ -31,7 +31,7 @@ def renew(d: Deployment, client: int, way: Way) -> bool:
         return False
     again(d, way)
     for o in outs:
-        blob = d.down.encode(d.server.whole(client))
-        store.put(d.outbox / f"{o.job.id}.hkt", blob)
-        o.job, o.bytes = replace(o.job, since=-1), len(blob)
+        packet, whole = d.outbox / f"{o.job.id}.hkt", d.server.whole(client)
+        store.put(packet, lambda f, whole=whole: d.down.write(f, whole))  # type: ignore[misc]
+        o.job, o.bytes = replace(o.job, since=-1), packet.stat().st_size
     return True

@@ -22,7 +22,7 @@ from hocket import store, wire
 from hocket.codecs import Codec
 from hocket.deploy import saving
 from hocket.deploy.again import again, renew
-from hocket.deploy.checks import Norms
+from hocket.deploy.checks import Fitting, Norms, Weights
 from hocket.deploy.logs import say
 from hocket.deploy.nouns import Answered, Event, Failed, Joined, Left, Link, Taken
 from hocket.deploy.ways import Out, Way, due, fingerprint, same, uses
@@ -52,13 +52,14 @@ class Deployment:
         patience: seconds without any event or open job after which a run that cannot go on ends with an error.
         rejoin: seconds that sites have to come back, to this process or to the next one, before their jobs are lost.
         norms: refuses updates of a norm far from that of others.
+        weights: what updates weigh; none: what their sites say.
     """
 
     def __init__(
         self, server: Server, link: Link, down: Codec, up: Codec, folder: Path, ledger: Ledger,
         evaluations: Evaluations, ready: int = 1, on_event: Callable[[], None] = lambda: None,
         patience: float = 600.0, rejoin: float = 120.0, norms: Norms | None = None,
-        now: Callable[[], float] = time.monotonic,
+        weights: Weights | None = None, now: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.server, self.link, self.down, self.up = server, link, down, up
         self.ledger, self.evaluations, self.ready, self.on_event = ledger, evaluations, ready, on_event
@@ -66,6 +67,7 @@ class Deployment:
         for f in (self.outbox, self.inbox):
             f.mkdir(parents=True, exist_ok=True)
         self.patience, self.rejoin, self.norms, self.now = patience, rejoin, norms or Norms(None), now
+        self.weights = weights
         self.away: dict[int, float] = {}  # who has jobs and cannot be reached -> until when he may come back
         self.largest = (64 << 20) + 4 * nbytes(server.state["params"])  # bytes of an upload
         self.origin = now()
@@ -93,7 +95,7 @@ class Deployment:
             Interrupted: `on_event` or an evaluation was asked to stop; the state is consistent and can be saved.
         """
         self.ledger.add("begin", t=self.t)
-        self._recover()
+        saving.recover(self)
         quiet = self.t
         while True:
             self._settle()
@@ -119,7 +121,7 @@ class Deployment:
             if record is None:
                 break
             for job in record.pop("jobs"):
-                self._spent += [self.upload(job), self._told(job)]
+                self._spent += [self.upload(job), self.told(job)]
             self.ledger.add("step", t=self.t, **record, **self.ledger.bytes)
             self.evaluations.stepped()
         # asked too early, a turn would be of those alone who were quickest to come back
@@ -229,10 +231,10 @@ class Deployment:
         packet = self.upload(event.job)
         if event.packet != packet:
             event.packet.replace(packet)
-        store.put(self._told(event.job), json.dumps(dict(event.told)).encode())
-        self._take(way, out, dict(event.told), packet)
+        store.put(self.told(event.job), json.dumps(dict(event.told)).encode())
+        self.take(way, out, dict(event.told), packet)
 
-    def _take(self, way: Way, out: Out, told: dict[str, Any], packet: Path) -> None:
+    def take(self, way: Way, out: Out, told: dict[str, Any], packet: Path) -> None:
         """Let the server hear of an upload that is in the inbox."""
         job = out.job
         way.sent.remove(job.id)
@@ -250,20 +252,23 @@ class Deployment:
         if not out.abandoned:
             blank = Update(job.id, job.client, job.version, job.turn, {}, 0.0, bytes=size)
             try:
-                payload = self.up.decode(wire.Packet(packet))
+                payload = Fitting(self.up.decode(wire.Packet(packet)), self.server.state["params"])
                 weight, metrics = float(told["weight"]), dict(told["metrics"])
+                if self.weights is not None:
+                    weight = self.weights.look(weight, self.server.clients[job.client].rows)
                 norm = self.norms.look(payload)
                 refused = self.server.receive(replace(blank, payload=payload, weight=weight, metrics=metrics))
                 if refused is None:
                     self.norms.accept(norm)
-            except (WireError, KeyError, TypeError, ValueError) as error:
+            except Exception as error:  # what one site sent must not end the run, again at every start
                 self.server.receive(blank)  # without weight: refused, as whatever it cannot take
-                refused = f"rejected: {error}"
+                refused = f"rejected: {error}" if isinstance(error, WireError) else f"rejected: {error!r}"
+                say(log, "rejected", logging.WARNING, client=job.client, job=job.id, reason=refused)
             if refused:
                 self.server.lost(job)
                 self._note_lost(job, refused)
         if refused:
-            self._spent += [packet, self._told(job.id)]
+            self._spent += [packet, self.told(job.id)]
 
     def _failed(self, event: Failed) -> None:
         way = self.ways.get(event.client)
@@ -321,20 +326,8 @@ class Deployment:
         out still are: their sites may have done them."""
         saving.load(self, saved)
 
-    def _recover(self) -> None:
-        """Hear again what had arrived after the last checkpoint, in the order of arrival."""
-        told = [(p.stat().st_mtime_ns, int(p.stem)) for p in self.inbox.glob("*.json")]
-        for _, job in sorted(told):
-            out, packet, note = self.out.get(job), self.upload(job), json.loads(self._told(job).read_text())
-            if out is not None and packet.exists() and same(note, out.job):
-                way = self.ways[out.job.client]
-                if job in way.waiting:  # its message left after the checkpoint
-                    way.waiting.remove(job)
-                    way.sent.append(job)
-                self._take(way, out, note, packet)
-
     def upload(self, job: int) -> Path:
         return self.inbox / f"{job}.hkt"
 
-    def _told(self, job: int) -> Path:
+    def told(self, job: int) -> Path:
         return self.inbox / f"{job}.json"

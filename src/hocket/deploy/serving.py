@@ -14,7 +14,7 @@ from hocket import store
 from hocket.data import apart
 from hocket.data.encode import Encoded
 from hocket.data.prepare import Prepared
-from hocket.deploy.checks import Norms
+from hocket.deploy.checks import Norms, Weights
 from hocket.deploy.engine import Deployment
 from hocket.deploy.nouns import Link
 from hocket.errors import Interrupted, RecipeError, StoreError
@@ -113,6 +113,7 @@ def _go(
         server, line, experiment.down, experiment.up, run.path / "packets", ledger, evaluations,
         ready=recipe.deployment.ready or recipe.clients.count, patience=recipe.deployment.standstill,
         rejoin=recipe.deployment.rejoin, norms=Norms(recipe.deployment.norm_limit),
+        weights=Weights(recipe.clients.weighting, recipe.training, recipe.data.max_length),
     )  # fmt: skip
     if saved:
         deployment.load_state_dict(saved["engine"])
