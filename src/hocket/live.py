@@ -56,6 +56,7 @@ class State:
         version, loss, staleness, stalest: of the last aggregation.
         losses: training loss at each aggregation; held: (version, held-out loss) of each evaluation.
         refusals: lost and refused jobs by kind (see `KINDS`; else `failed`); last: the newest of them.
+        late: jobs that were not there when they were due; what becomes of them is a second row.
     """
 
     clients: dict[int, Client] = field(default_factory=dict)
@@ -70,6 +71,7 @@ class State:
     up: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
     last: deque[tuple[float, int, str]] = field(default_factory=lambda: deque(maxlen=5))
+    late: set[int] = field(default_factory=set)
     heard: float | None = None
     ended: bool = False
 
@@ -95,6 +97,10 @@ class State:
                 self.up += row["bytes"]
                 self.heard = at
             case "lost":
+                if row.get("job") in self.late:
+                    return  # counted when it was due
+                if row.get("late"):
+                    self.late.add(row["job"])
                 kind = kind_of(row["reason"])
                 self.refusals[kind] += 1
                 self.last.append((at, row["client"], row["reason"]))

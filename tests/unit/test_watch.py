@@ -95,6 +95,17 @@ def test_rows_are_read_on_as_they_are_written(tmp_path: Path) -> None:
     assert "finished" in lines(seen)
 
 
+def test_a_late_job_is_lost_once(tmp_path: Path) -> None:
+    """Its deadline is a row, and so is what became of it."""
+    seen, ledger = Follower(folder(tmp_path)), Ledger(tmp_path / "ledger.jsonl")
+    ledger.add("lost", t=5.0, client=0, job=1, turn=0, reason="deadline", late=True)
+    ledger.add("lost", t=7.0, client=0, job=1, turn=0, reason="late")
+    ledger.add("lost", t=8.0, client=0, job=2, turn=1, reason="offline")
+    seen.refresh()
+    assert seen.state.refusals == {"deadline": 1, "offline": 1}
+    assert seen.state.clients[0].lost == 2
+
+
 def test_a_torn_line_waits_for_its_rest(tmp_path: Path) -> None:
     run = folder(tmp_path)
     whole = b'{"what":"join","t":1.0,"client":1}\n'
