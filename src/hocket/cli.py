@@ -238,7 +238,9 @@ def models_list() -> None:
     from hocket import models
 
     rows = models.listing()
-    table = Table(*(str(k) for k in rows[0]))
+    table = Table()
+    for k in rows[0]:
+        table.add_column(k, no_wrap=k == "name")  # what the other commands are told, whole in the narrowest terminal
     for row in rows:
         table.add_row(*(str(v) for v in row.values()))
     console.print(table)

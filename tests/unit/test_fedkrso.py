@@ -469,7 +469,7 @@ def test_what_would_carry_over_is_refused(tmp_path: Path) -> None:
         parse(data(tmp_path, codec={"up": {"name": "feedback", "codec": "int8"}}))
     with pytest.raises(RecipeError, match=r"mu: B begins at zero"):
         parse(data(tmp_path, method={"name": "fedkrso", "mu": 0.1}))
-    for more in ({"alpha": 8.0}, {"dropout": 0.1}, {"scaling": "constant"}):
+    for more in ({"dropout": 0.1}, {"scaling": "constant"}):
         with pytest.raises(RecipeError, match=rf"{next(iter(more))}: W moves by B P itself"):
             parse(data(tmp_path, method={"name": "fedkrso", **more}))
 

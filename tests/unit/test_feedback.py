@@ -167,8 +167,8 @@ def test_uploads_that_do_not_fit_are_refused(change: Any, reason: str) -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    with pytest.raises(RecipeError, match="alpha: W moves"):
-        method.build(spec(alpha=3.0))
+    with pytest.raises(RecipeError, match="dropout: W moves"):
+        method.build(spec(dropout=0.1))
     with pytest.raises(RecipeError, match="other directions in every version"):
         exact("llama", spec(), 1, {"name": "overlap"})
 

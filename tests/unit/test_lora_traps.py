@@ -128,7 +128,7 @@ def test_names_with_a_foreign_suffix_are_an_error(tmp_path: Any) -> None:
         adapters.place(make(tiny("llama", layers=2)[0], m), m, str(tmp_path))
 
 
-BESIDE = {"slora": (".base_layer.entries", "slora"), "fedkrso": ("fedkrso",)}
+BESIDE = {"slora": (".base_layer.entries", "slora"), "fedkrso": ("fedkrso",), "fedkrso-feedback": ("feedback.turn",)}
 """Endings of what a client is sent that is no tensor of the view: its method makes such of it."""
 
 

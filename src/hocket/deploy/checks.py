@@ -131,7 +131,7 @@ class Norms:
             return 0.0
         norm = math.hypot(*(float(payload[k].double().norm()) for k in sorted(payload)))
         if not math.isfinite(norm):
-            raise WireError(f"norm {norm}")
+            raise WireError("its norm is not finite")
         if len(self.seen) >= FEW and norm > self.factor * median(self.seen):
             raise WireError(f"norm {norm:.3g} is over {self.factor:g} times the median {median(self.seen):.3g}")
         return norm

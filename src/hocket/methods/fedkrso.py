@@ -251,9 +251,8 @@ class Walk:
 
 def unscaled(self: LoRA) -> None:
     """Refuse what would do nothing where a product of factors moves W itself. Raises `ValueError`."""
-    for name in ("alpha", "scaling", "dropout"):
-        # in peft's terms a scale of 1 is an alpha of the rank
-        if getattr(self, name) not in (getattr(PLAIN_LORA, name), self.rank if name == "alpha" else None):
+    for name in ("scaling", "dropout"):  # alpha comes with adapters that a run begins from
+        if getattr(self, name) != getattr(PLAIN_LORA, name):
             raise ValueError(f"{name}: W moves by B P itself, which nothing scales or drops; leave it out")
 
 

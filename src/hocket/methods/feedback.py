@@ -25,7 +25,7 @@ added, its other factor is gone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -114,7 +114,10 @@ class Feedback(FLoRA):
         """The upload with the factor that its version had beside it."""
         pairs = {m: (payload.get(m + A, then[m + A]), payload.get(m + B, then[m + B])) for m in modules(payload)}
         factors = {m + x: pair[i] for m, pair in pairs.items() for i, x in enumerate((A, B))}
-        return without(payload, factors) | factors
+        return without(payload, factors) | factors | {TURN: then[TURN]}
+
+    def effect(self, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return super().effect(without(payload, {TURN}))
 
     def step(
         self, state: State, updates: Sequence[Update], weights: Sequence[float], shares: Sequence[float] | None = None
@@ -128,10 +131,11 @@ class Feedback(FLoRA):
             held = [(u.payload, w, s) for u, w, s in zip(updates, weights, shares, strict=True) if m + A in u.payload]
             if held:
                 unit = self.server_lr / sum(s for _, _, s in held)
-                a, b = _sum([(sent[m + B], sent[m + A], w * unit) for sent, w, _ in held])
-                known = m + (A if _probes(params) else B)
-                news |= {k: x for k, x in ((m + A, a), (m + B, b)) if k != known or not _same(x, params[k])}
-        factors = {m + x for m in modules(params) for x in (A, B)}
+                turns = {int(sent[TURN][1]) for sent, _, _ in held}
+                a, b = _sum([(sent[m + B], sent[m + A], w * unit) for sent, w, _ in held], turns)
+                known = m + (A if _probes(params) else B) if turns == {int(params[TURN][1])} else ""
+                news |= {k: x for k, x in ((m + A, a), (m + B, b)) if k != known}
+        factors = {m + x for m in modules(params) for x in (A, B)} | {TURN}
         for k, delta in mean([without(u.payload, factors) for u in updates], weights, shares):
             params[k] = params[k] + self.server_lr * delta.to(params[k].dtype)
         return self.told(state, state | {"params": params}, news)
@@ -186,13 +190,12 @@ def _next(params: Mapping[str, Tensor], even: bool = False) -> Tensor:
     return torch.tensor([seed, turn + 1 + (turn % 2 == 0 if even else 0)])
 
 
-def _sum(terms: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
-    """A and B of the sum of p B A: of the common factor itself and a mean, or, if there is none, stacked."""
+def _sum(terms: Sequence[tuple[Tensor, Tensor, float]], turns: Collection[int]) -> tuple[Tensor, Tensor]:
+    """A and B of the sum of p B A: of the factor that uploads of one turn have in common and a mean, or stacked."""
     b, a, _ = terms[0]
-    if all(_same(y, a) for _, y, _ in terms):
-        return a, _mean([(x, p) for x, _, p in terms])
-    if all(_same(x, b) for x, _, _ in terms):
-        return _mean([(y, p) for _, y, p in terms]), b
+    if len(turns) == 1:
+        probed = min(turns) % 2 == 0
+        return (a, _mean([(x, p) for x, _, p in terms])) if probed else (_mean([(y, p) for _, y, p in terms]), b)
     b, a = products.stack([(x, y * p) for x, y, p in terms])
     return a, b
 
@@ -202,8 +205,3 @@ def _mean(terms: Sequence[tuple[Tensor, float]]) -> Tensor:
     for x, p in terms:
         out.add_(x.to(out), alpha=p)
     return out
-
-
-def _same(x: Tensor, y: Tensor) -> bool:
-    """Whether they are equal; equal shapes do where there are no values."""
-    return x is y or (x.shape == y.shape and (x.is_meta or torch.equal(x, y)))
