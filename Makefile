@@ -23,7 +23,7 @@ demo: $(READY)  ## fine-tune SmolLM2-135M on four teams' code, once waiting and 
 	$(BIN)/python recipes/demo.py
 
 test: $(READY)  ## all tests (under 15 minutes on two cores)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check src tests benchmarks recipes
