@@ -193,9 +193,10 @@ class Fleet:
     def version(self) -> int:
         return max((r["version"] for r in self.rows("step")), default=0)
 
-    def reach(self, version: int) -> None:
-        """Wait for an aggregation."""
+    def reach(self, version: int) -> bool:
+        """Whether an aggregation came, and no job was lost on the way; waits for it."""
         self.until(lambda: self.version() >= version, f"version {version}")
+        return not self.rows("lost")
 
     def need(self, version: int) -> None:
         """Fail at once where the stage before did not get there."""

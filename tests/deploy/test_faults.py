@@ -47,9 +47,9 @@ def again(fleet: Fleet, word: str, site: str | None, old: int) -> None:
 
 
 def test_a_worker_that_was_killed_is_sent_its_job_again(fleet: Fleet) -> None:
-    fleet.reach(1)
+    assert fleet.reach(1)
     again(fleet, WORKER, "a", fleet.kill(WORKER, "a"))
-    fleet.reach(2)
+    assert fleet.reach(2)
 
 
 def test_a_courier_and_a_supernode_that_were_killed_come_back(fleet: Fleet) -> None:
@@ -59,7 +59,7 @@ def test_a_courier_and_a_supernode_that_were_killed_come_back(fleet: Fleet) -> N
     node = fleet.kill(NODE, "b")
     nobody_gets_in(fleet)
     again(fleet, NODE, "b", node)
-    fleet.reach(3)
+    assert fleet.reach(3)
 
 
 def nobody_gets_in(fleet: Fleet) -> None:
@@ -110,7 +110,7 @@ def test_a_server_app_that_was_killed_is_submitted_again(fleet: Fleet) -> None:
     fleet.need(3)
     fleet.kill(APP)
     fleet.until(lambda: fleet.resubmitted() == 1 and fleet.pids(APP), "server app again")
-    fleet.reach(4)
+    assert fleet.reach(4)
 
 
 def test_a_full_disk_ends_the_server_app_and_room_lets_it_go_on(fleet: Fleet) -> None:
@@ -119,7 +119,7 @@ def test_a_full_disk_ends_the_server_app_and_room_lets_it_go_on(fleet: Fleet) ->
     for pid in fleet.pids(APP):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     fleet.until(lambda: fleet.resubmitted() == 2 and fleet.pids(APP), "server app with room on its disk")
-    fleet.reach(5)
+    assert fleet.reach(5)
 
 
 def test_sites_run_no_code_but_what_is_installed(fleet: Fleet) -> None:

@@ -146,6 +146,24 @@ def test_a_late_upload_counts_with_the_factor_of_its_version() -> None:
     assert {k for k in after["last"] if k.endswith(A)}  # no common factor: both travel
 
 
+def test_the_factor_that_is_known_is_never_a_clients() -> None:
+    """A client that sends it, first of all, adds nothing, and changes nothing for the others."""
+    w = exact("llama", spec(), 2, lr=0.5)
+    m: Any = w.simulation.server.method
+    then = m.step(w.simulation.server.state, [Update(0, 0, 0, 0, m.accept(
+        w.simulation.server.state["params"],
+        {k: torch.ones_like(x) for k, x in w.simulation.server.state["params"].items() if k.endswith(B)},
+    ))], [1.0])  # fmt: skip
+    params = then["params"]
+    lie = {k: torch.ones_like(x) for k, x in params.items() if k.endswith(B)}
+    right = {k: torch.ones_like(x) for k, x in params.items() if k.endswith(A)}
+    sent = [Update(i, i, 1, 1, m.accept(params, x)) for i, x in enumerate((lie, right))]
+    after = m.step(then, sent, [1.0, 1.0])["params"]
+    for x in modules(params):
+        want = params[x + BASE] + 0.5 * params[x + B] @ right[x + A]
+        assert float((after[x + BASE] - want).abs().max()) < 1e-13
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

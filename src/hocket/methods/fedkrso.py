@@ -71,7 +71,7 @@ class FedKRSO(Merging):
     def _sound(self) -> FedKRSO:
         if self.mu:
             raise ValueError("mu: B begins at zero in every interval, so a pull to it is not FedProx's; use 0")
-        unscaled(self)
+        refuse_scales(self)
         return self
 
     def vain(self, params: Mapping[str, Tensor], training: Any) -> str | None:
@@ -249,7 +249,7 @@ class Walk:
         return _part(m, f"{self.key:016x}", k, self._width(m))
 
 
-def unscaled(self: LoRA) -> None:
+def refuse_scales(self: LoRA) -> None:
     """Refuse what would do nothing where a product of factors moves W itself. Raises `ValueError`."""
     for name in ("scaling", "dropout"):  # alpha comes with adapters that a run begins from
         if getattr(self, name) != getattr(PLAIN_LORA, name):

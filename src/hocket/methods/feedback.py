@@ -25,7 +25,7 @@ added, its other factor is gone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -35,9 +35,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hocket import products
-from hocket.combine import finite, mean, wide
+from hocket.combine import Lazy, finite, mean, wide
 from hocket.methods.base import PLAIN, Local, State, Update, method
-from hocket.methods.fedkrso import random_subspace, unscaled
+from hocket.methods.fedkrso import random_subspace, refuse_scales
 from hocket.methods.flora import FLoRA
 from hocket.methods.lora import BASE, A, B, modules
 from hocket.methods.replay import without
@@ -61,7 +61,7 @@ class Feedback(FLoRA):
 
     @model_validator(mode="after")
     def _sound(self) -> Feedback:
-        unscaled(self)
+        refuse_scales(self)
         return self
 
     @property
@@ -112,9 +112,10 @@ class Feedback(FLoRA):
 
     def accept(self, then: Tree, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The upload with the factor that its version had beside it."""
-        pairs = {m: (payload.get(m + A, then[m + A]), payload.get(m + B, then[m + B])) for m in modules(payload)}
-        factors = {m + x: pair[i] for m, pair in pairs.items() for i, x in enumerate((A, B))}
-        return without(payload, factors) | factors | {TURN: then[TURN]}
+        trained = B if _probes(then) else A  # the other is never the client's, whatever it has sent
+        factors = [m + x for m in modules(payload) for x in (A, B)]
+        known = {k: then[k] for k in factors if not k.endswith(trained) or k not in payload} | {TURN: then[TURN]}
+        return Lazy({**dict.fromkeys(payload), **known}, lambda k: known[k] if k in known else payload[k])
 
     def effect(self, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return super().effect(without(payload, {TURN}))
@@ -132,9 +133,14 @@ class Feedback(FLoRA):
             if held:
                 unit = self.server_lr / sum(s for _, _, s in held)
                 turns = {int(sent[TURN][1]) for sent, _, _ in held}
-                a, b = _sum([(sent[m + B], sent[m + A], w * unit) for sent, w, _ in held], turns)
-                known = m + (A if _probes(params) else B) if turns == {int(params[TURN][1])} else ""
-                news |= {k: x for k, x in ((m + A, a), (m + B, b)) if k != known}
+                if len(turns) > 1:
+                    b, a = products.stack([(sent[m + B], sent[m + A] * (w * unit)) for sent, w, _ in held])
+                    news |= {m + A: a, m + B: b}
+                    continue
+                common, trained = (A, B) if min(turns) % 2 == 0 else (B, A)
+                news[m + trained] = _mean((sent[m + trained], w * unit) for sent, w, _ in held)
+                if turns != {int(params[TURN][1])}:  # of an older version, whose factor nobody holds any more
+                    news[m + common] = held[0][0][m + common]
         factors = {m + x for m in modules(params) for x in (A, B)} | {TURN}
         for k, delta in mean([without(u.payload, factors) for u in updates], weights, shares):
             params[k] = params[k] + self.server_lr * delta.to(params[k].dtype)
@@ -190,18 +196,11 @@ def _next(params: Mapping[str, Tensor], even: bool = False) -> Tensor:
     return torch.tensor([seed, turn + 1 + (turn % 2 == 0 if even else 0)])
 
 
-def _sum(terms: Sequence[tuple[Tensor, Tensor, float]], turns: Collection[int]) -> tuple[Tensor, Tensor]:
-    """A and B of the sum of p B A: of the factor that uploads of one turn have in common and a mean, or stacked."""
-    b, a, _ = terms[0]
-    if len(turns) == 1:
-        probed = min(turns) % 2 == 0
-        return (a, _mean([(x, p) for x, _, p in terms])) if probed else (_mean([(y, p) for _, y, p in terms]), b)
-    b, a = products.stack([(x, y * p) for x, y, p in terms])
-    return a, b
-
-
-def _mean(terms: Sequence[tuple[Tensor, float]]) -> Tensor:
-    out = torch.zeros_like(wide(terms[0][0]))
+def _mean(terms: Iterable[tuple[Tensor, float]]) -> Tensor:
+    """sum p x, one term at a time."""
+    total: Tensor | None = None
     for x, p in terms:
-        out.add_(x.to(out), alpha=p)
-    return out
+        total = torch.zeros_like(wide(x)) if total is None else total
+        total.add_(x.to(total), alpha=p)
+    assert total is not None  # there is an update
+    return total
