@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,10 @@ class Process:
                 os.killpg(self.running.pid, number)
             except ProcessLookupError:
                 break
-            try:
+            with suppress(
+                subprocess.TimeoutExpired
+            ):  # after its own end, too, its group may hold children that did not hear
                 self.running.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
-            if number == signal.SIGTERM:  # children that did not hear it
-                continue
         self.running = None
 
 
