@@ -25,15 +25,35 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc"),
     pytest.mark.timeout(600),
 ]
-TURNS = 6
+TURNS = 7
 WORKER, COURIER, NODE, APP, LINK = (
     "-m hocket.deploy.work ", "guard flwr-clientapp", "bin/flower-supernode", "bin/flwr-serverapp", "bin/flower-superlink"
 )  # fmt: skip
 
 
+SLIP = """import os, sys, time
+if any(a.endswith("flower-supernode") for a in sys.orig_argv) and "a-site" in os.environ.get("HOCKET_SITE", ""):
+    import flwr.supernode.start_client_internal as node
+    pull = node._pull_and_store_message
+    def slipped(**how):
+        def given_up(run_id, message_id):
+            os.unlink({mark!r})
+            time.sleep(2.0)
+            raise OSError("as if the run had ended")
+        if os.path.exists({mark!r}):
+            how["confirm_message_received"] = given_up
+        return pull(**how)
+    node._pull_and_store_message = slipped
+"""
+"""Gives up a message when its client app is at work already, if a file is there: Flower does so when a run ends then."""
+
+
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
     made = Fleet(["a", "b"], turns=TURNS, schedule='name = "sync"\nminimum = 2')
+    (faults := made.folder / "faults").mkdir()
+    (faults / "sitecustomize.py").write_text(SLIP.format(mark=str(made.folder / "slip")))
+    made.env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(faults), made.env.get("PYTHONPATH")]))
     try:
         made.serve()
         made.join_all()
@@ -106,26 +126,37 @@ def nobody_gets_in(fleet: Fleet) -> None:
     assert (fleet.run / "hub" / "superlink.log").read_text().count("Created run") == before
 
 
-def test_a_server_app_that_was_killed_is_submitted_again(fleet: Fleet) -> None:
+def test_a_supernode_that_is_a_reply_behind_is_brought_into_step(fleet: Fleet) -> None:
     fleet.need(3)
+    (mark := fleet.folder / "slip").touch()
+    fleet.until(lambda: not mark.exists(), "message that is given up")
+    said = lambda: (fleet.run / "log.jsonl").read_text()
+    fleet.until(lambda: "may hold one back" in said(), "late node")
+    assert fleet.reach(4)
+    node = fleet.own("a") / "supernode.log"
+    fleet.until(lambda: "Task stopped" in node.read_text(), "message without a reply")
+
+
+def test_a_server_app_that_was_killed_is_submitted_again(fleet: Fleet) -> None:
+    fleet.need(4)
     fleet.kill(APP)
     fleet.until(lambda: fleet.resubmitted() == 1 and fleet.pids(APP), "server app again")
-    assert fleet.reach(4)
+    assert fleet.reach(5)
 
 
 def test_a_full_disk_ends_the_server_app_and_room_lets_it_go_on(fleet: Fleet) -> None:
     """The limit of a process's files is what a full disk is to it: a write that fails."""
-    fleet.need(4)
+    fleet.need(5)
     for pid in fleet.pids(APP):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     fleet.until(lambda: fleet.resubmitted() == 2 and fleet.pids(APP), "server app with room on its disk")
-    assert fleet.reach(5)
+    assert fleet.reach(6)
 
 
 def test_sites_run_no_code_but_what_is_installed(fleet: Fleet) -> None:
     """A foreign app is submitted on the server's own machine, where that can be done. The run is held meanwhile, so
     that it does not end before."""
-    fleet.need(5)
+    fleet.need(6)
     for pid in fleet.pids(APP):
         os.kill(pid, signal.SIGSTOP)
     marks, app = fleet.folder / "marks", foreign(fleet.folder / "foreign", fleet.folder / "marks")
@@ -173,7 +204,7 @@ def main(grid, context):
 
 
 def test_a_superlink_that_was_killed_is_started_and_the_run_goes_on(fleet: Fleet) -> None:
-    fleet.need(5)
+    fleet.need(6)
     held = fleet.pids(APP)
     fleet.kill(LINK)
     for pid in held:

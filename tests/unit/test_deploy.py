@@ -320,6 +320,52 @@ def test_a_server_that_was_killed_goes_on_from_checkpoint_and_inbox(tmp_path: Pa
         assert digest(again.server.state["params"]) == digest(simulated.simulation.server.state["params"])
 
 
+def test_a_site_that_comes_back_with_a_version_that_the_server_went_back_on_is_sent_all(tmp_path: Path) -> None:
+    """The server has passed that version again meanwhile, with other updates."""
+    more: dict[str, Any] = {"meth": {"name": "fedbcd", "layers_per_block": 1}, "sched": "fedasync", "turns": 12}
+    deployed, link = deploy(tmp_path, **more)
+    saved: list[Any] = []
+
+    def first() -> None:
+        if deployed.server.version == 2 and not saved:
+            tensors, skeleton = store.flatten(deployed.state_dict())
+            saved.append(({k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(skeleton))))
+            for name in ("out", "inbox"):
+                shutil.copytree(tmp_path / name, tmp_path / "then" / name)
+        if deployed.server.version >= 4 and link.sites[0].version >= 3:
+            raise Killed
+
+    deployed.on_event = first
+    with pytest.raises(Killed):
+        deployed.run()
+    again, fresh = deploy(tmp_path / "again", **more)
+    fresh.close()
+    again.link = Threads({c: s for c, s in link.sites.items() if c}, tmp_path)
+    again.outbox, again.inbox = tmp_path / "then" / "out", tmp_path / "then" / "inbox"
+    again.rejoin = 0.1  # seconds that are waited for site 0
+    again.load_state_dict(store.unflatten(*saved[0]))
+    held: list[int] = []
+
+    def second() -> None:
+        mine = link.sites[0].version
+        if 0 not in again.server.online and again.server.version > mine:
+            assert not held
+            again.link.sites[0] = link.sites[0]  # type: ignore[attr-defined]
+            again._joined(0, {"version": mine})
+            held.append(again.server.held[0])
+            again._left(0)
+            again._joined(0, {"version": again.server.version})
+            held.append(again.server.held[0])
+            assert held == [-1, again.server.version]
+            again._left(0)
+            raise Killed
+
+    again.on_event = second
+    with pytest.raises(Killed):
+        again.run()
+    link.close()
+
+
 def test_a_site_that_was_started_anew_says_so_and_is_sent_the_model(tmp_path: Path) -> None:
     simulated = worlds()
     simulated.simulation.run()
@@ -544,6 +590,63 @@ def test_a_node_whose_name_is_taken_is_met_again_once_it_is_free(tmp_path: Path)
     assert link.next(60) == Left(0)
     assert link.next(60) == Joined(0, {"rows": 2, "version": 2})
     link.close()
+
+
+class Behind(Nodes):
+    """A grid with one node, whose SuperNode hands out the next message when any reply is there to be sent.
+
+    Args:
+        stray: whether a reply of an earlier run is there from the start.
+        delay: seconds that the first message takes.
+    """
+
+    def __init__(self, folder: Path, stray: bool, delay: float = 0.0) -> None:
+        super().__init__({1: "berlin"})
+        self.folder, self.delay, self.heads = folder, delay, list[dict[str, Any]]()
+        self.came, self.ready = queue.Queue[tuple[str, Any]](), queue.Queue[tuple[str, Any]]()
+        if stray:
+            self.ready.put(("of another run", None))
+        threading.Thread(target=self.supernode, daemon=True).start()
+
+    def push_messages(self, messages: list[Any]) -> list[str]:
+        for message in messages:
+            self.heads.append(read(message.content)[0])
+            self.came.put((f"{len(self.heads)}", self.heads[-1]))
+        return [f"{len(self.heads)}"]
+
+    def supernode(self) -> None:
+        while True:
+            key, head = self.came.get()
+            threading.Thread(target=self.client_app, args=(key, head), daemon=True).start()
+            replies = [self.ready.get()]
+            while not self.ready.empty():
+                replies.append(self.ready.get())
+            self.replies.update(replies)
+
+    def client_app(self, key: str, head: dict[str, Any]) -> None:
+        time.sleep(self.delay if key == "1" else 0.0)
+        try:
+            told, body = client_app.handle(head, None, self.folder, "berlin")
+        except courier.Unanswered:
+            return
+        if head["op"] == "hello":
+            told = {"name": "berlin", "rows": 2, "version": 0}
+        self.ready.put((key, SimpleNamespace(has_error=lambda: False, content=content(told, body))))
+
+
+@pytest.mark.parametrize(("stray", "delay"), [(True, 0.0), (False, 3.0)], ids=["behind", "slow"])
+def test_a_node_whose_replies_leave_with_the_message_after_them_is_brought_into_step(tmp_path: Path, stray: bool, delay: float) -> None:
+    grid: Any = Behind(tmp_path / "site", stray, delay)
+    link = FlowerLink(grid, "r", "", ["berlin"], tmp_path / "arriving", poll=0.01, pause=0.05, patience=8.0)
+    assert link.next(60) == Joined(0, {"rows": 2, "version": 0})
+    for number in range(3):  # no worker is here: an answer, too
+        link.send(Request(number, 0, (), 0))
+        failed = link.next(60)
+        assert isinstance(failed, Failed)
+        assert "no worker" in failed.reason
+    link.close()
+    assert [h["op"] for h in grid.heads] == ["hello", "pair", "pair", "hello", "do", "do", "do"]  # one pair is enough
+    assert not any(tmp_path.glob("site/runs/r/pair-*"))
 
 
 def test_parts_of_a_packet_may_come_twice_but_not_be_left_out(tmp_path: Path) -> None:

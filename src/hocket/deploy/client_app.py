@@ -8,6 +8,7 @@ Heads of messages, by `op`:
     do     {run, asks, packets, forget, job, timeout, part} + packets, one after the other, if they fit into one part
                                                -> {told, size} + the first bytes of the upload, or {wait}
     fetch  {run, job, offset, part}            -> {} + bytes
+    pair   {run, key, timeout, place}          -> {}, or nothing at all (see `hocket.deploy.courier.pair`)
 
 and {failed, reason} for what cannot be done (see `hocket.deploy.nouns.Failed`).
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,9 @@ def _answer(
             return {}, None
         if op == "fetch":
             return {}, courier.fetch(here / f"update-{int(head['job'])}.hkt", int(head["offset"]), int(head["part"]))
+        if op == "pair":
+            courier.pair(here / f"pair-{int(head['key'])}", float(head["timeout"]))
+            return {}, None
         if op == "do":
             at = 0
             for job, size in head["packets"]:
@@ -92,7 +97,11 @@ def train(message: Message, context: Context) -> Message:
     answer: tuple[dict[str, Any], bytes | None]
     if folder:
         head, body = read(message.content)
-        answer = handle(head, body, Path(folder), name)
+        try:
+            answer = handle(head, body, Path(folder), name)
+        except courier.Unanswered:
+            signal.raise_signal(signal.SIGTERM)  # ends the task in order; a plain error would be a reply
+            raise
     else:
         answer = {"failed": "job", "reason": f"this node knows no folder: start it with {FOLDER} set"}, None
     return Message(content(*answer), reply_to=message)

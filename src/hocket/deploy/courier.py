@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
@@ -22,6 +23,10 @@ SOCKET, KEY = "worker.sock", "worker.key"
 
 PLACES = re.compile(r"(?<=')[/~][^'\n]*(?=')|(?<=\")[/~][^\"\n]*(?=\")|(?<![\w.:/~-])~?(?:/[^\s'\",;:)]+)+")
 """Absolute paths in a text; not addresses, and not names such as `org/model`."""
+
+
+class Unanswered(Exception):
+    """A message that is best left without a reply."""
 
 
 class NoWorker(Exception):
@@ -117,3 +122,35 @@ def fetch(path: Path, offset: int, count: int) -> bytes:
     with path.open("rb") as f:
         f.seek(offset)
         return f.read(count)
+
+
+def pair(mark: Path, patience: float, every: float = 0.05) -> None:
+    """Bring a SuperNode that is a reply behind into step; called for both of two messages, in either order.
+
+    A SuperNode hands out the next message when it has sent a reply. One that has a reply too many (it gave up a message
+    whose client app was at work already, say as its run ended) sends that for the next message, and so on: each reply
+    leaves with the message after it. Then, and only then, the second message comes while the first one waits here, and
+    if the first gets no reply, none is too many any more.
+
+    Args:
+        mark: a file that no other pair has.
+        patience: seconds that the first message waits for the second.
+
+    Raises:
+        Unanswered: this is the first message, and the second one has come.
+    """
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    met = mark.with_name(f"{mark.name}.met")
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        mark.rename(met)
+        return
+    until = time.monotonic() + patience
+    while time.monotonic() < until and not met.exists():
+        time.sleep(every)
+    try:
+        mark.unlink()  # either this is, or the renaming of the other one: never both
+    except FileNotFoundError:
+        met.unlink()
+        raise Unanswered from None

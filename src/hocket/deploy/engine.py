@@ -68,6 +68,7 @@ class Deployment:
             f.mkdir(parents=True, exist_ok=True)
         self.patience, self.rejoin, self.norms, self.now = patience, rejoin, norms or Norms(None), now
         self.weights = weights
+        self.bounds: dict[int, int] = {}  # who has not joined since the server went back -> to which version
         self.away: dict[int, float] = {}  # who has jobs and cannot be reached -> until when he may come back
         self.largest = (64 << 20) + 4 * nbytes(server.state["params"])  # bytes of an upload
         self.origin = now()
@@ -178,6 +179,7 @@ class Deployment:
             self._left(client)
         known = self.server.clients[client]
         rows, version = int(hello.get("rows", known.rows)), int(hello.get("version", -1))
+        version = version if version <= self.bounds.pop(client, version) else -1  # of a history that is no more
         self.server.clients[client] = replace(known, rows=rows)
         self.server.holds(client, version)
         self.server.joined(client)

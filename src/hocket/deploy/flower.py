@@ -3,13 +3,14 @@
 A thread waits for one message at a time, so a slow site's upload never holds up what others have sent (a reply is
 announced before its bytes are there, and whoever asks for several waits for all). Payloads go in parts, so memory is
 bounded by a part whatever the size of a model. A message that takes long is asked for again and again with short
-waits: Flower keeps none for longer than we look after it.
+waits: Flower keeps none for longer than we look after it. A site whose SuperNode fell out of step is brought into it.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Sequence
@@ -236,8 +237,12 @@ class FlowerLink:
             raise Gone(f"cannot send: {error}") from error
         if not key:
             raise Gone("its node is not connected")
-        until = time.monotonic() + patience
-        while time.monotonic() < until and not self._closed.is_set():
+        now = time.monotonic()
+        until, late = now + patience, now + float(head.get("timeout", 0.0)) + patience / 4
+        while (now := time.monotonic()) < until and not self._closed.is_set():
+            if now > late:
+                late = until
+                self._pair(node)
             try:
                 found = list(self.grid.pull_messages([key]))
             except Exception as error:  # the SuperLink is restarting
@@ -249,3 +254,14 @@ class FlowerLink:
                 return read(found[0].content)
             time.sleep(self.poll)
         raise Gone("no answer in time")
+
+    def _pair(self, node: int) -> None:
+        """Two messages that bring a node into step, if it is out of it; they cost a slow one some seconds."""
+        say(log, "node is late", logging.WARNING, node=node, reason="no answer yet; it may hold one back")
+        head = {"op": "pair", "run": self.run, "key": secrets.randbits(60), "timeout": min(self.patience / 4, 20.0)}
+        heads = [head | {"place": place} for place in (1, 2)]
+        two = [Message(content(h), dst_node_id=node, message_type="train", ttl=self.patience) for h in heads]
+        try:
+            self.grid.push_messages(two)
+        except Exception as error:  # the SuperLink is restarting
+            say(log, "no SuperLink", logging.WARNING, reason=str(error))

@@ -21,7 +21,7 @@ def state(d: Deployment) -> dict[str, Any]:
     return {
         "server": d.server.state_dict(), "out": outs, "ways": ways, "t": d.t, "requests": d.requests,
         "events": d.events, "begun": d.begun, "evaluations": d.evaluations.state_dict(),
-        "ledger": d.ledger.state_dict(), "norms": d.norms.seen,
+        "ledger": d.ledger.state_dict(), "norms": d.norms.seen, "bounds": d.bounds,
         "rows": {c: who.rows for c, who in d.server.clients.items()},
     }  # fmt: skip
 
@@ -35,6 +35,8 @@ def load(d: Deployment, saved: dict[str, Any]) -> None:
     d.requests, d.events, d.begun = saved["requests"], saved["events"], saved["begun"]
     d.evaluations.load_state_dict(saved["evaluations"])
     d.norms.seen = list(saved["norms"])
+    version, bounds = d.server.version, {int(c): v for c, v in saved.get("bounds", {}).items()}
+    d.bounds = {c: min(bounds.get(c, version), version) for c in d.server.clients}
     for c, rows in saved.get("rows", {}).items():  # an update may be heard before its site has joined again
         d.server.clients[int(c)] = replace(d.server.clients[int(c)], rows=rows)
     d.origin = d.now() - saved["t"]
