@@ -322,7 +322,7 @@ def test_a_server_that_was_killed_goes_on_from_checkpoint_and_inbox(tmp_path: Pa
 
 def test_a_site_that_comes_back_with_a_version_that_the_server_went_back_on_is_sent_all(tmp_path: Path) -> None:
     """The server has passed that version again meanwhile, with other updates."""
-    more: dict[str, Any] = {"meth": {"name": "fedbcd", "layers_per_block": 1}, "sched": "fedasync", "turns": 12}
+    more: dict[str, Any] = {"meth": {"name": "fedbcd", "layers_per_block": 1}, "sched": "fedasync", "turns": 60}
     deployed, link = deploy(tmp_path, **more)
     saved: list[Any] = []
 
@@ -353,17 +353,41 @@ def test_a_site_that_comes_back_with_a_version_that_the_server_went_back_on_is_s
             again.link.sites[0] = link.sites[0]  # type: ignore[attr-defined]
             again._joined(0, {"version": mine})
             held.append(again.server.held[0])
-            again._left(0)
-            again._joined(0, {"version": again.server.version})
+            again._left(0)  # its line flaps before it was sent anything
+            again._joined(0, {"version": mine})
             held.append(again.server.held[0])
-            assert held == [-1, again.server.version]
+        if 0 not in again.bounds:
             again._left(0)
+            held.append(link.sites[0].version)
+            again._joined(0, {"version": held[-1]})
+            held.append(again.server.held[0])
             raise Killed
 
     again.on_event = second
     with pytest.raises(Killed):
         again.run()
+    assert held[:2] == [-1, -1]
+    assert held[2] == held[3] >= 0  # it was sent all, and did a job on it
     link.close()
+
+
+def test_a_job_that_comes_whole_is_loaded_though_it_is_done(tmp_path: Path) -> None:
+    """Its server went back on what the site holds, and asks for the same job again."""
+    more: dict[str, Any] = {"meth": {"name": "fedbcd", "layers_per_block": 1}}
+    w = worlds(**more)
+    job = next(j for j in w.simulation.server.poll() if j.client == 0)
+    whole, codec = w.simulation.server.whole(0), w.simulation.downlink.codec
+    blob, news = codec.encode(whole), codec.encode({k: v + 1 for k, v in list(whole.items())[:1]})
+    here = site(tmp_path, 0, 3, **more)
+    here.take(replace(job, since=-1), blob)
+    assert here.answer(job.id)
+    first = digest(dict(here._held))
+    here.take(replace(job, id=job.id + 1, version=4, turn=1, since=0), news)
+    assert here.answer(job.id + 1)
+    assert (here.version, digest(dict(here._held)) == first) == (4, False)
+    here.take(replace(job, since=-1), blob)
+    assert (here.version, digest(dict(here._held)) == first) == (job.version, True)
+    here.close()
 
 
 def test_a_site_that_was_started_anew_says_so_and_is_sent_the_model(tmp_path: Path) -> None:
@@ -597,12 +621,12 @@ class Behind(Nodes):
 
     Args:
         stray: whether a reply of an earlier run is there from the start.
-        delay: seconds that the first message takes.
+        delay: seconds that the first message takes; then, by kind.
     """
 
     def __init__(self, folder: Path, stray: bool, delay: float = 0.0) -> None:
         super().__init__({1: "berlin"})
-        self.folder, self.delay, self.heads = folder, delay, list[dict[str, Any]]()
+        self.folder, self.delay, self.heads = folder, {"first": delay}, list[dict[str, Any]]()
         self.came, self.ready = queue.Queue[tuple[str, Any]](), queue.Queue[tuple[str, Any]]()
         if stray:
             self.ready.put(("of another run", None))
@@ -624,7 +648,7 @@ class Behind(Nodes):
             self.replies.update(replies)
 
     def client_app(self, key: str, head: dict[str, Any]) -> None:
-        time.sleep(self.delay if key == "1" else 0.0)
+        time.sleep(self.delay.get("first" if key == "1" else head["op"], 0.0))
         try:
             told, body = client_app.handle(head, None, self.folder, "berlin")
         except courier.Unanswered:
@@ -639,13 +663,14 @@ def test_a_node_whose_replies_leave_with_the_message_after_them_is_brought_into_
     grid: Any = Behind(tmp_path / "site", stray, delay)
     link = FlowerLink(grid, "r", "", ["berlin"], tmp_path / "arriving", poll=0.01, pause=0.05, patience=8.0)
     assert link.next(60) == Joined(0, {"rows": 2, "version": 0})
-    for number in range(3):  # no worker is here: an answer, too
+    for number in range(5):  # no worker is here: an answer, too
+        grid.delay["do"] = delay if number == 2 else 0.0  # late again, and it is no use to pair again
         link.send(Request(number, 0, (), 0))
         failed = link.next(60)
         assert isinstance(failed, Failed)
         assert "no worker" in failed.reason
     link.close()
-    assert [h["op"] for h in grid.heads] == ["hello", "pair", "pair", "hello", "do", "do", "do"]  # one pair is enough
+    assert [h["op"] for h in grid.heads] == ["hello", "pair", "pair", "hello", "do", "do", "do", "do", "do"]
     assert not any(tmp_path.glob("site/runs/r/pair-*"))
 
 

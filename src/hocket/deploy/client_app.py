@@ -62,7 +62,7 @@ def _answer(
         if op == "fetch":
             return {}, courier.fetch(here / f"update-{int(head['job'])}.hkt", int(head["offset"]), int(head["part"]))
         if op == "pair":
-            courier.pair(here / f"pair-{int(head['key'])}", float(head["timeout"]))
+            courier.pair(here / f"pair-{int(head['key'])}", int(head["place"]), float(head["timeout"]))
             return {}, None
         if op == "do":
             at = 0

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
@@ -124,33 +125,39 @@ def fetch(path: Path, offset: int, count: int) -> bytes:
         return f.read(count)
 
 
-def pair(mark: Path, patience: float, every: float = 0.05) -> None:
-    """Bring a SuperNode that is a reply behind into step; called for both of two messages, in either order.
+def pair(mark: Path, place: int, patience: float, every: float = 0.05) -> None:
+    """Bring a SuperNode that is a reply behind into step; called for both of two messages.
 
-    A SuperNode hands out the next message when it has sent a reply. One that has a reply too many (it gave up a message
-    whose client app was at work already, say as its run ended) sends that for the next message, and so on: each reply
-    leaves with the message after it. Then, and only then, the second message comes while the first one waits here, and
-    if the first gets no reply, none is too many any more.
+    A SuperNode hands out the next message when it has sent a reply, whichever. One that gave a message up after its
+    client app had replied (the run ended meanwhile, say) has a reply too many: it sends that for the next message, and
+    from then on each reply leaves with the message after it. Then, and only then, the second message comes while the
+    first one waits here; if the first gets no reply, none is too many any more.
 
     Args:
         mark: a file that no other pair has.
-        patience: seconds that the first message waits for the second.
+        place: 1 or 2, the message's among the two.
+        patience: seconds that one waits for the other; in step, the second finds at once that the first is over.
 
     Raises:
         Unanswered: this is the first message, and the second one has come.
     """
     mark.parent.mkdir(parents=True, exist_ok=True)
-    met = mark.with_name(f"{mark.name}.met")
-    try:
-        mark.touch(exist_ok=False)
-    except FileExistsError:
-        mark.rename(met)
-        return
+    met, over = mark.with_name(f"{mark.name}.met"), mark.with_name(f"{mark.name}.over")
     until = time.monotonic() + patience
-    while time.monotonic() < until and not met.exists():
+    if place == 1:
+        mark.touch()
+        while time.monotonic() < until and not met.exists():
+            time.sleep(every)
+        try:
+            mark.rename(over)  # either this or the renaming below, never both
+        except FileNotFoundError:
+            met.unlink()
+            raise Unanswered from None
+    while place == 2 and time.monotonic() < until:
+        if over.exists():
+            over.unlink()
+            return
+        with suppress(FileNotFoundError):
+            mark.rename(met)
+            return
         time.sleep(every)
-    try:
-        mark.unlink()  # either this is, or the renaming of the other one: never both
-    except FileNotFoundError:
-        met.unlink()
-        raise Unanswered from None

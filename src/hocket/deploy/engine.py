@@ -68,7 +68,8 @@ class Deployment:
             f.mkdir(parents=True, exist_ok=True)
         self.patience, self.rejoin, self.norms, self.now = patience, rejoin, norms or Norms(None), now
         self.weights = weights
-        self.bounds: dict[int, int] = {}  # who has not joined since the server went back -> to which version
+        self.bounds: dict[int, int] = {}  # who may hold what the server went back on -> what it went back to
+        self.first = 0  # job that was asked after that
         self.away: dict[int, float] = {}  # who has jobs and cannot be reached -> until when he may come back
         self.largest = (64 << 20) + 4 * nbytes(server.state["params"])  # bytes of an upload
         self.origin = now()
@@ -179,7 +180,7 @@ class Deployment:
             self._left(client)
         known = self.server.clients[client]
         rows, version = int(hello.get("rows", known.rows)), int(hello.get("version", -1))
-        version = version if version <= self.bounds.pop(client, version) else -1  # of a history that is no more
+        version = version if version <= self.bounds.get(client, version) else -1  # of a history that is no more
         self.server.clients[client] = replace(known, rows=rows)
         self.server.holds(client, version)
         self.server.joined(client)
@@ -230,6 +231,8 @@ class Deployment:
             way.forget.append(event.job)
             self._lose(event.job, "rejected: it names another client, version or turn than its job")
             return
+        if event.job >= self.first and (out.job.since or 0) < 0:  # its site was sent the whole model, and has it
+            self.bounds.pop(event.client, None)
         packet = self.upload(event.job)
         if event.packet != packet:
             event.packet.replace(packet)

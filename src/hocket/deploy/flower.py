@@ -9,6 +9,7 @@ waits: Flower keeps none for longer than we look after it. A site whose SuperNod
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import secrets
 import threading
@@ -61,6 +62,7 @@ class FlowerLink:
         self._nodes: dict[int, int] = {}  # client -> node
         self._known: set[int] = set()  # nodes that were met or are being met; `_watch` alone writes it
         self._again: set[int] = set()  # of them those to be met again
+        self._paired: dict[int, float] = {}  # node -> when it was last brought into step
         self._closed = threading.Event()
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -229,7 +231,9 @@ class FlowerLink:
         self, node: int, head: dict[str, Any], body: bytes | None = None, patience: float | None = None
     ) -> tuple[dict[str, Any], bytes | None]:
         """Send one message and wait for its reply. Raises `Gone`."""
-        patience = patience or self.patience
+        now = time.monotonic()
+        recent = now - self._paired.get(node, -math.inf) < self.patience  # the pair may still be in this message's way
+        patience = (patience or self.patience) + (2 * self._pairing if recent else 0.0)
         message = Message(content(head, body), dst_node_id=node, message_type="train", ttl=patience)
         try:
             (key,) = list(self.grid.push_messages([message]))
@@ -237,11 +241,10 @@ class FlowerLink:
             raise Gone(f"cannot send: {error}") from error
         if not key:
             raise Gone("its node is not connected")
-        now = time.monotonic()
-        until, late = now + patience, now + float(head.get("timeout", 0.0)) + patience / 4
+        until, late = now + patience, now + float(head.get("timeout", 0.0)) + self.patience / 4
         while (now := time.monotonic()) < until and not self._closed.is_set():
-            if now > late:
-                late = until
+            if now > late and not recent and node in self._known:
+                recent = True
                 self._pair(node)
             try:
                 found = list(self.grid.pull_messages([key]))
@@ -256,12 +259,18 @@ class FlowerLink:
         raise Gone("no answer in time")
 
     def _pair(self, node: int) -> None:
-        """Two messages that bring a node into step, if it is out of it; they cost a slow one some seconds."""
+        """Two messages that bring a node into step, if it is out of it (see `courier.pair`); another waits for them."""
         say(log, "node is late", logging.WARNING, node=node, reason="no answer yet; it may hold one back")
-        head = {"op": "pair", "run": self.run, "key": secrets.randbits(60), "timeout": min(self.patience / 4, 20.0)}
+        self._paired[node] = time.monotonic()
+        head = {"op": "pair", "run": self.run, "key": secrets.randbits(60), "timeout": self._pairing}
         heads = [head | {"place": place} for place in (1, 2)]
         two = [Message(content(h), dst_node_id=node, message_type="train", ttl=self.patience) for h in heads]
         try:
             self.grid.push_messages(two)
         except Exception as error:  # the SuperLink is restarting
             say(log, "no SuperLink", logging.WARNING, reason=str(error))
+
+    @property
+    def _pairing(self) -> float:
+        """Seconds that a pair takes at a node that is in step."""
+        return min(self.patience / 8, 10.0)

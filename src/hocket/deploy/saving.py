@@ -36,7 +36,7 @@ def load(d: Deployment, saved: dict[str, Any]) -> None:
     d.evaluations.load_state_dict(saved["evaluations"])
     d.norms.seen = list(saved["norms"])
     version, bounds = d.server.version, {int(c): v for c, v in saved.get("bounds", {}).items()}
-    d.bounds = {c: min(bounds.get(c, version), version) for c in d.server.clients}
+    d.bounds, d.first = {c: min(bounds.get(c, version), version) for c in d.server.clients}, d.server.next_id
     for c, rows in saved.get("rows", {}).items():  # an update may be heard before its site has joined again
         d.server.clients[int(c)] = replace(d.server.clients[int(c)], rows=rows)
     d.origin = d.now() - saved["t"]

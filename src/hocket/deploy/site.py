@@ -81,7 +81,8 @@ class Site:
         """
         with self._change:
             done = self.has(job)
-            if done and (job.version <= self.version or not packet):
+            whole = job.since is not None and job.since < 0  # of what is here the server takes nothing for granted
+            if done and (not packet or (job.version <= self.version and not whole)):
                 return
             if job.since is not None and (job.since > self.version or (job.since >= 0 and job.version < self.version)):
                 raise Lost(f"job {job.id} builds on version {job.since}, and version {self.version} is what is here")
