@@ -54,9 +54,10 @@ lora: $(READY)  ## LoRA for clients of unequal ranks, resumable (about an hour a
 	$(BIN)/python -m hocket compare benchmarks/lora/*.toml --jobs 2 --results benchmarks/lora/results
 	$(BIN)/python benchmarks/lora/report.py
 
-seeds: $(READY)  ## full-parameter tuning in kilobytes, resumable (about half an hour on two cores; see docs/kilobytes.md)
+seeds: $(READY)  ## full-parameter tuning in kilobytes, resumable (about three hours on two cores; see docs/kilobytes.md)
 	$(BIN)/python -m hocket models pull minilm-l6-v2
-	for studies in "sst2-skewed sst2-iid" beyond-sst2; do \
+	test -f runs/gpt2-small/provenance.json || $(BIN)/python benchmarks/async/train_gpt2.py
+	for studies in "sst2-skewed sst2-iid" "qqp-skewed qqp-iid mrpc-skewed mrpc-iid rte-skewed rte-iid" beyond-sst2 beyond-sst2-iid dolly; do \
 	  $(BIN)/python -m hocket compare $$(printf 'benchmarks/seeds/%s.toml ' $$studies) --jobs 2 \
 	    --results benchmarks/seeds/results || exit 1; done
 	$(BIN)/python benchmarks/seeds/report.py
