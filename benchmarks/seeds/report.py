@@ -75,7 +75,8 @@ def glue(result: dict[str, Any]) -> str:
 def overall(results: dict[str, dict[str, Any]]) -> str:
     """Accuracy of each method on each table, and on how many of all pairs it beats Full FT's loss."""
     there = [f"{t}-{p}" for t in TASKS for p in ("iid", "skewed") if f"{t}-{p}" in results]
-    heads = ["variant", *(t.replace("-", ", ") for t in there), "mean accuracy", "up a job", "memory MB"]
+    up = f"up a job, {there[0].partition('-')[0]}"
+    heads = ["variant", *(t.replace("-", ", ") for t in there), "mean accuracy", up, "most memory MB"]
     rows = []
     for name in results[there[0]]["variants"]:
         mine = [results[t]["variants"][name] for t in there]
