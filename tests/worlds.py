@@ -26,6 +26,21 @@ from hocket.simulate import Simulation
 from hocket.training import TorchTrainer
 from hocket.tree import Tree, generator
 
+AT_SITES = """[model]
+source = "tiny:llama"
+[data]
+source = "at the sites"
+template = "plain"
+max_length = 16
+[method]
+name = "fedavg"
+[clients]
+count = 2
+[deployment]
+sites = ["a", "b"]
+"""
+"""What recipes of a deployment have in common."""
+
 
 class Layer(nn.Module):
     def __init__(self, size: int) -> None:

@@ -73,7 +73,7 @@ def glue(result: dict[str, Any]) -> str:
 
 
 def overall(results: dict[str, dict[str, Any]]) -> str:
-    """Accuracy of each method on each table, and on how many of all pairs it beats Full FT's loss."""
+    """Accuracy of each method on each table, with the first task's bytes and the most memory of any."""
     there = [f"{t}-{p}" for t in TASKS for p in ("iid", "skewed") if f"{t}-{p}" in results]
     up = f"up a job, {there[0].partition('-')[0]}"
     heads = ["variant", *(t.replace("-", ", ") for t in there), "mean accuracy", up, "most memory MB"]

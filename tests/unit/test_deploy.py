@@ -641,11 +641,10 @@ class Behind(Nodes):
     def supernode(self) -> None:
         while True:
             key, head = self.came.get()
+            early = not self.ready.empty()  # a reply that nobody waited for leaves before this message's can be there
+            replies = [self.ready.get()] if early else []
             threading.Thread(target=self.client_app, args=(key, head), daemon=True).start()
-            replies = [self.ready.get()]
-            while not self.ready.empty():
-                replies.append(self.ready.get())
-            self.replies.update(replies)
+            self.replies.update(replies or [self.ready.get()])
 
     def client_app(self, key: str, head: dict[str, Any]) -> None:
         time.sleep(self.delay.get("first" if key == "1" else head["op"], 0.0))

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from test_deploy import Flaky, Threads, deploy, site, worlds
 from typer.testing import CliRunner
+from worlds import AT_SITES
 
 from hocket import recipe as recipes
 from hocket.cli import app
+from hocket.deploy import saving
 from hocket.deploy.engine import Deployment
 from hocket.deploy.nouns import Joined, Left
 from hocket.deploy.replay import Replay, replay
@@ -122,32 +124,24 @@ def test_a_deadline_a_late_arrival_and_a_site_started_anew(tmp_path: Path) -> No
     assert again(rows, tmp_path, **more) == digest(deployed.server.state["params"])
 
 
-RECIPE = """turns = 5
-[model]
-source = "tiny:llama"
-[data]
-source = "at the sites"
-template = "plain"
-max_length = 16
-[method]
-name = "fedavg"
+RECIPE = f"""turns = 5
 [schedule]
 name = "fedfa"
 [codec]
-up = {name = "feedback", codec = "int8"}
+up = {{name = "feedback", codec = "int8"}}
 [training]
 optimizer_state = "keep"
 batch_size = 2
 local_steps = 2
-[clients]
-count = 2
-[deployment]
-sites = ["a", "b"]
-"""
+{AT_SITES}"""
 
 
-def test_a_runs_folder_and_the_sites_files_are_all_that_is_needed(tmp_path: Path) -> None:
-    """Stopped after the second step, and gone on with."""
+@pytest.mark.parametrize("doubted", [False, True])
+def test_a_runs_folder_and_the_sites_files_are_all_that_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doubted: bool) -> None:
+    """Stopped after the second step, and gone on with; `doubted`: by a server that went back, so all is sent anew."""
+    if doubted:
+        load = saving.load
+        monkeypatch.setattr(saving, "load", lambda d, saved: (load(d, saved), d.bounds.update(dict.fromkeys(d.bounds, -1))))
     files = []
     for name in ("a", "b"):
         where = tmp_path / name
@@ -181,6 +175,8 @@ def test_a_runs_folder_and_the_sites_files_are_all_that_is_needed(tmp_path: Path
     found = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), *map(str, files)])
     assert found.exit_code == 0, found.output
     assert "the same model" in found.output
+    said = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert any(r["what"] == "join" and r["held"] < r["version"] for r in said) == doubted
     rows = (files[0].parent / "rows.jsonl").read_text()
     (files[0].parent / "rows.jsonl").write_text(rows.replace("says", "said"))
     with pytest.raises(RunError, match="not the one recorded: digest"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_deploy import Threads, deploy
+from worlds import AT_SITES
 
 from hocket import recipe as recipes
 from hocket import store, wire
@@ -22,23 +23,11 @@ from hocket.errors import HocketError, RunError, StoreError, WireError
 from hocket.recipe import Recipe
 from hocket.sections import Training
 
-RECIPE = """turns = 2
-[model]
-source = "tiny:llama"
-[data]
-source = "at the sites"
-template = "plain"
-max_length = 16
-[method]
-name = "fedavg"
+RECIPE = f"""turns = 2
 [training]
 batch_size = 2
 local_steps = 1
-[clients]
-count = 2
-[deployment]
-sites = ["a", "b"]
-"""
+{AT_SITES}"""
 
 
 def written(tmp: Path, text: str = RECIPE) -> Recipe:

@@ -144,20 +144,19 @@ def pair(mark: Path, place: int, patience: float, every: float = 0.05) -> None:
     mark.parent.mkdir(parents=True, exist_ok=True)
     met, over = mark.with_name(f"{mark.name}.met"), mark.with_name(f"{mark.name}.over")
     until = time.monotonic() + patience
-    if place == 1:
-        mark.touch()
-        while time.monotonic() < until and not met.exists():
+    if place == 2:
+        while time.monotonic() < until and not over.exists():
+            with suppress(FileNotFoundError):
+                mark.rename(met)  # either this or the renaming below, never both
+                return
             time.sleep(every)
-        try:
-            mark.rename(over)  # either this or the renaming below, never both
-        except FileNotFoundError:
-            met.unlink()
-            raise Unanswered from None
-    while place == 2 and time.monotonic() < until:
-        if over.exists():
-            over.unlink()
-            return
-        with suppress(FileNotFoundError):
-            mark.rename(met)
-            return
+        over.unlink(missing_ok=True)
+        return
+    mark.touch()
+    while time.monotonic() < until and not met.exists():
         time.sleep(every)
+    try:
+        mark.rename(over)
+    except FileNotFoundError:
+        met.unlink()
+        raise Unanswered from None

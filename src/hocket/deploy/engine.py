@@ -180,13 +180,13 @@ class Deployment:
             self._left(client)
         known = self.server.clients[client]
         rows, version = int(hello.get("rows", known.rows)), int(hello.get("version", -1))
-        version = version if version <= self.bounds.get(client, version) else -1  # of a history that is no more
+        held = version if version <= self.bounds.get(client, version) else -1  # else it is of a history that is no more
         self.server.clients[client] = replace(known, rows=rows)
-        self.server.holds(client, version)
+        self.server.holds(client, held)
         self.server.joined(client)
         self.away.pop(client, None)
         self.missed.discard(client)
-        self.ledger.add("join", t=self.t, client=client, rows=rows, version=version)
+        self.ledger.add("join", t=self.t, client=client, rows=rows, version=version, held=held)
 
     def _left(self, client: int) -> None:
         if client not in self.server.online:
@@ -231,7 +231,7 @@ class Deployment:
             way.forget.append(event.job)
             self._lose(event.job, "rejected: it names another client, version or turn than its job")
             return
-        if event.job >= self.first and (out.job.since or 0) < 0:  # its site was sent the whole model, and has it
+        if event.job >= self.first and out.job.whole:  # its site was sent the whole model, and has it
             self.bounds.pop(event.client, None)
         packet = self.upload(event.job)
         if event.packet != packet:

@@ -55,6 +55,7 @@ class Replay:
         self.polled: list[Job] = []  # asked by the server, not yet found in the record
         self.abandoned: set[int] = set()
         self.last: dict[int, int | None] = {}  # the job whose memory each client has
+        self.before: dict[int, Site] = {}  # clients' sites until they were last started anew
         self.blank: dict[int, int] = {}  # how often a client began without memory
 
     def run(self, rows: Sequence[Row]) -> None:
@@ -93,7 +94,7 @@ class Replay:
             self._start(c)
         else:
             self._bring(c, version)
-        self.server.holds(c, version)
+        self.server.holds(c, version if row.get("held") is None else row["held"])
         self.server.joined(c)
 
     def _leave(self, row: Row) -> None:
@@ -159,6 +160,7 @@ class Replay:
         """A site that was started; with `blank`, it remembers nothing."""
         if client in self.sites:
             self.sites[client].close()
+            self.before[client] = self.sites[client]
         if blank:
             self.blank[client], self.last[client] = self.blank.get(client, 0) + 1, None
         self.sites[client] = self.opens(client, self.folder / f"site-{client}-{self.blank.get(client, 0)}")
@@ -184,6 +186,8 @@ class Replay:
             site.take(job, blob)
         except Lost:
             self._bring(job.client, job.since or 0, job.visit)
+            if site.version < (job.since or 0) and job.client in self.before:  # it was done before the site was
+                site.adopt(self.before[job.client])  # started anew, and answered from its disk
             site.take(job, blob)
         done = site.answer(job.id)
         assert done is not None  # it was waited for

@@ -81,8 +81,7 @@ class Site:
         """
         with self._change:
             done = self.has(job)
-            whole = job.since is not None and job.since < 0  # of what is here the server takes nothing for granted
-            if done and (not packet or (job.version <= self.version and not whole)):
+            if done and (not packet or (job.version <= self.version and not job.whole)):
                 return
             if job.since is not None and (job.since > self.version or (job.since >= 0 and job.version < self.version)):
                 raise Lost(f"job {job.id} builds on version {job.since}, and version {self.version} is what is here")
@@ -93,6 +92,11 @@ class Site:
             self._tasks[job.id] = _Task(job, view, self._now())
             self._queue.append(job.id)
             self._change.notify_all()
+
+    def adopt(self, other: Site) -> None:
+        """Hold what another site of this client held."""
+        with self._change:
+            self._held, self.version = other._held, other.version
 
     def has(self, job: Job) -> bool:
         """Whether this very job is queued or done, whatever its payload was a difference to."""
@@ -106,7 +110,7 @@ class Site:
         method = self.setting.method
         if method.rebuilds:
             return method.load(self._start, dict(payload))
-        if job.since is None or job.since < 0:  # all of it: the server may have gone back to an older version
+        if job.whole:  # all of it: the server may have gone back to an older version
             self.version = -1
         known = {k for k in payload if (v := k.partition("/")[0]).isdigit() and "/" in k and int(v) <= self.version}
         news = {k: payload[k] for k in payload if k not in known}

@@ -22,7 +22,7 @@ class Job:
         turn: the aggregation it is meant for; larger than `version` under overlap.
         visit: how many jobs this client was asked before; keys its random draws, so that a client's n-th job sees the
             same batches whatever the schedule does with the others.
-        payload: the tensors that changed since version `since`; all of them if `since` is None.
+        payload: the tensors that changed since version `since`; all of them if `since` is None or below 0.
         own: this client's earlier turns, beyond `version`, whose updates the server still counts on.
         heard, follows: the visits of this client's last update that the server has, and of the last that it has or
             still counts on; -1 for none. What the client remembers of later ones (error feedback) belongs to updates
@@ -41,6 +41,11 @@ class Job:
     own: tuple[int, ...] = ()
     heard: int = -1
     follows: int = -1
+
+    @property
+    def whole(self) -> bool:
+        """Whether the payload builds on nothing that the client holds."""
+        return self.since is None or self.since < 0
 
 
 @dataclass(frozen=True)
